@@ -1,0 +1,308 @@
+//! GGUF files: opened by memory map, checked, and handed out as borrowed views.
+//!
+//! A GGUF file is untrusted. [`Gguf::open`] walks its header once, with every count, length, type
+//! and offset checked against the file's size before it is used, and remembers only *where* things
+//! are: metadata arrays and tensors are views into the map, so parsing a file costs a few bytes
+//! per entry whatever the entries hold.
+//!
+//! The crate `gguf-rs` reads the same header in the tests, where it cross-checks this reader; it
+//! is not the loader because it copies maps to the heap, drops value types and duplicate keys,
+//! and accepts offsets past the end of the file.
+
+mod reader;
+mod value;
+mod write;
+
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::quant::BlockType;
+
+pub use value::{Array, Value, ValueType};
+pub use write::{OwnedValue, Writer};
+
+/// An open GGUF file.
+#[derive(Debug)]
+pub struct Gguf {
+    name: String,
+    bytes: Bytes,
+    version: u32,
+    alignment: u64,
+    data_offset: u64,
+    metadata: Vec<reader::Entry>,
+    tensors: Vec<TensorInfo>,
+}
+
+/// Where a file's bytes live.
+#[derive(Debug)]
+enum Bytes {
+    Map(memmap2::Mmap),
+    Static(&'static [u8]),
+    Owned(Vec<u8>),
+}
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Map(map) => map,
+            Bytes::Static(bytes) => bytes,
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// What the header says of one tensor, with the range of its bytes already checked.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    name: Range<usize>,
+    dims: [u64; 4],
+    rank: u8,
+    block_type: BlockType,
+    data: Range<usize>,
+}
+
+/// A tensor as a view into its file.
+///
+/// A matrix of `rows` x `cols` weights lies row by row; a row is a whole number of blocks of
+/// [`Tensor::block_type`]. A vector has one row.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor<'a> {
+    /// The file that it comes from, for messages.
+    pub file: &'a str,
+    /// Its name, such as `blk.0.attn_q.weight`.
+    pub name: &'a str,
+    /// Elements in a row (GGUF's first dimension).
+    pub cols: usize,
+    /// Rows (the product of the other dimensions).
+    pub rows: usize,
+    /// How its elements are stored.
+    pub block_type: BlockType,
+    /// The stored blocks, `rows * row_bytes()` of them.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Tensor<'a> {
+    /// Bytes in one row.
+    pub fn row_bytes(&self) -> usize {
+        self.cols / self.block_type.block_len() * self.block_type.block_bytes()
+    }
+
+    /// The blocks of one row.
+    ///
+    /// # Panics
+    /// If `row` is not below `rows`.
+    pub fn row(&self, row: usize) -> &'a [u8] {
+        let n = self.row_bytes();
+        &self.bytes[row * n..(row + 1) * n]
+    }
+}
+
+impl Gguf {
+    /// Opens a file and checks its header.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not GGUF, or its header does not hold together.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let name = path.display().to_string();
+        let io = |source| Error::io(name.clone(), source);
+        // Asked first: opening a FIFO would wait for a writer.
+        let meta = fs::metadata(path).map_err(io)?;
+        if meta.is_dir() {
+            return Err(Error::format(name, "is a directory; a GGUF file is needed"));
+        }
+        if !meta.is_file() {
+            return Err(Error::format(name, "is not a regular file; a GGUF file is needed"));
+        }
+        if meta.len() == 0 {
+            return Err(Error::format(name, "is empty; a GGUF file is needed"));
+        }
+        let file = fs::File::open(path).map_err(io)?;
+        // SAFETY: the map is read-only. Another process that writes to or truncates the file
+        // while it is in use can change weights or raise SIGBUS, as for every program that maps
+        // its input; nothing read through the map is relied on for memory safety after its
+        // bounds were checked against the map's own length.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        Self::parse(name, Bytes::Map(map))
+    }
+
+    /// Reads a file that is part of the program.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn from_static(name: impl Into<String>, bytes: &'static [u8]) -> Result<Self> {
+        Self::parse(name.into(), Bytes::Static(bytes))
+    }
+
+    /// Reads a file that is in memory.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn from_vec(name: impl Into<String>, bytes: Vec<u8>) -> Result<Self> {
+        Self::parse(name.into(), Bytes::Owned(bytes))
+    }
+
+    fn parse(name: String, bytes: Bytes) -> Result<Self> {
+        let header = reader::read_header(&name, bytes.as_slice())?;
+        Ok(Gguf {
+            name,
+            bytes,
+            version: header.version,
+            alignment: header.alignment,
+            data_offset: header.data_offset,
+            metadata: header.metadata,
+            tensors: header.tensors,
+        })
+    }
+
+    /// The path or name that the file was opened under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// GGUF version, 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// Alignment of tensor data in bytes.
+    pub fn alignment(&self) -> u64 {
+        self.alignment
+    }
+
+    /// Where tensor data begins, in bytes from the file's start: the size of the header.
+    pub fn data_offset(&self) -> u64 {
+        self.data_offset
+    }
+
+    /// Size of the file in bytes.
+    pub fn file_len(&self) -> usize {
+        self.bytes.as_slice().len()
+    }
+
+    /// Metadata in the file's order.
+    pub fn metadata(&self) -> impl ExactSizeIterator<Item = (&str, Value<'_>)> {
+        let bytes = self.bytes.as_slice();
+        self.metadata.iter().map(move |e| (e.key(bytes), e.value(bytes)))
+    }
+
+    /// The value of `key`, if the file has it.
+    pub fn get(&self, key: &str) -> Option<Value<'_>> {
+        let bytes = self.bytes.as_slice();
+        self.metadata.iter().find(|e| e.key(bytes) == key).map(|e| e.value(bytes))
+    }
+
+    fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        wanted: &str,
+        take: impl FnOnce(Value<'a>) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let found = value.value_type();
+        match take(value) {
+            Some(taken) => Ok(Some(taken)),
+            None => Err(Error::format(
+                &self.name,
+                format!("metadata `{key}` is {value} ({found}); {wanted} is needed"),
+            )),
+        }
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// The key holds something else, or invalid UTF-8.
+    pub fn get_str(&self, key: &str) -> Result<Option<&str>> {
+        self.typed(key, "a UTF-8 string", |v| v.as_str())
+    }
+
+    /// A whole number that is not negative, stored in any integer type.
+    ///
+    /// # Errors
+    /// The key holds something else.
+    pub fn get_u64(&self, key: &str) -> Result<Option<u64>> {
+        self.typed(key, "a whole number >= 0", |v| v.as_u64())
+    }
+
+    /// A number, stored in any numeric type.
+    ///
+    /// # Errors
+    /// The key holds something else.
+    pub fn get_f32(&self, key: &str) -> Result<Option<f32>> {
+        self.typed(key, "a number", |v| v.as_f64().map(|x| x as f32))
+    }
+
+    /// A truth value.
+    ///
+    /// # Errors
+    /// The key holds something else.
+    pub fn get_bool(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", |v| v.as_bool())
+    }
+
+    /// An array.
+    ///
+    /// # Errors
+    /// The key holds something else.
+    pub fn get_array(&self, key: &str) -> Result<Option<Array<'_>>> {
+        self.typed(key, "an array", |v| v.as_array())
+    }
+
+    /// The error for a key that must be there and is not.
+    pub fn missing(&self, key: &str) -> Error {
+        Error::format(&self.name, format!("metadata `{key}` is missing"))
+    }
+
+    /// Tensors in the file's order.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        self.tensors.iter().map(|info| self.view(info))
+    }
+
+    /// The dimensions of every tensor as the file states them, in the file's order.
+    pub fn dims(&self) -> impl ExactSizeIterator<Item = &[u64]> {
+        self.tensors.iter().map(|info| &info.dims[..info.rank as usize])
+    }
+
+    /// The tensor called `name`, if the file has it.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let bytes = self.bytes.as_slice();
+        let info = self.tensors.iter().find(|t| &bytes[t.name.clone()] == name.as_bytes())?;
+        Some(self.view(info))
+    }
+
+    fn view(&self, info: &TensorInfo) -> Tensor<'_> {
+        let bytes = self.bytes.as_slice();
+        Tensor {
+            file: &self.name,
+            // The reader has checked that names are UTF-8.
+            name: std::str::from_utf8(&bytes[info.name.clone()]).unwrap_or_default(),
+            cols: info.dims[0] as usize,
+            rows: info.dims[1..].iter().product::<u64>() as usize,
+            block_type: info.block_type,
+            bytes: &bytes[info.data.clone()],
+        }
+    }
+
+    /// Tells the system that a tensor's mapped pages are not needed soon, so that a weight that a
+    /// backend has copied does not count twice in memory. Reading it again reads the file again.
+    pub fn release(&self, tensor: &Tensor<'_>) {
+        #[cfg(unix)]
+        if let Bytes::Map(map) = &self.bytes {
+            let start = tensor.bytes.as_ptr() as usize - map.as_ptr() as usize;
+            // SAFETY: the map is a private, read-only map of a file and is never written
+            // through, so dropped pages come back from the file with the same bytes.
+            let _ = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    start,
+                    tensor.bytes.len(),
+                )
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = tensor;
+    }
+}

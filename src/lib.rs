@@ -1,0 +1,8 @@
+//! Multi-token joint decoding on pairs of quantized GGUF models.
+
+pub mod error;
+pub mod gguf;
+pub mod model;
+pub mod quant;
+
+pub use error::{Error, Result};

@@ -1,0 +1,295 @@
+//! What a decoder sees of a language model: a committed line of tokens with a small tree on it.
+//!
+//! Every decoder in [`crate::decode`] is written against [`Lm`] alone. A model's cache is a
+//! *line* of committed rows (prompt and accepted text) plus a *tree* of uncommitted rows (draft
+//! candidates). [`Lm::eval`] grows the tree, [`Lm::keep`] commits one path and forgets the rest.
+//! Positions and attention masks derive from parents: a row's position is its parent's plus one,
+//! and it sees the whole line, its ancestors and itself. Chain drafting, beams, trees, rollback
+//! and prompt reuse are all these two calls, and no cache is ever copied.
+
+use crate::error::Result;
+
+/// A token's number in the vocabulary.
+pub type Token = u32;
+
+/// The most uncommitted rows that a tree holds.
+pub const MAX_TREE: usize = 128;
+
+/// An uncommitted row of the tree: the n-th evaluated since the last [`Lm::keep`] or
+/// [`Lm::truncate`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Row(pub u32);
+
+/// What a row of a batch should return.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Want<'a> {
+    /// Nothing: the row only enters the cache.
+    Nothing,
+    /// All logits.
+    Logits,
+    /// The `k` largest logits, largest first (ties: the smaller token first), and the
+    /// log-sum-exp of all logits divided by `temperature`.
+    Top {
+        /// How many; at most the vocabulary's size are returned.
+        k: usize,
+        /// Greater than 0.
+        temperature: f32,
+    },
+    /// The log-probabilities, at `temperature`, of these tokens.
+    LogProbs {
+        /// Which tokens.
+        tokens: &'a [Token],
+        /// Greater than 0.
+        temperature: f32,
+    },
+}
+
+/// Tokens to evaluate in one pass.
+#[derive(Debug, Clone, Default)]
+pub struct Batch<'a> {
+    /// The tokens, parents before children.
+    pub tokens: Vec<Token>,
+    /// The row that each token follows; `None` is the end of the line.
+    pub parents: Vec<Option<Row>>,
+    /// What each row returns.
+    pub wants: Vec<Want<'a>>,
+}
+
+impl<'a> Batch<'a> {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a token after `parent` and returns its place in the batch.
+    pub fn push(&mut self, token: Token, parent: Option<Row>, want: Want<'a>) -> usize {
+        self.tokens.push(token);
+        self.parents.push(parent);
+        self.wants.push(want);
+        self.tokens.len() - 1
+    }
+
+    /// A chain of tokens after `parent`: row `first` and those that follow it. The last returns
+    /// `want`, the others nothing.
+    pub fn chain(tokens: &[Token], parent: Option<Row>, first: Row, want: Want<'a>) -> Self {
+        let mut batch = Batch::new();
+        for (i, &token) in tokens.iter().enumerate() {
+            let parent = if i == 0 { parent } else { Some(Row(first.0 + i as u32 - 1)) };
+            let want = if i + 1 == tokens.len() { want } else { Want::Nothing };
+            batch.push(token, parent, want);
+        }
+        batch
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+}
+
+/// What one row returned.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Output<'a> {
+    /// It wanted nothing.
+    Nothing,
+    /// All logits, one for each token of the vocabulary.
+    Logits(&'a [f32]),
+    /// The largest logits with their tokens, and the log-sum-exp of all.
+    Top {
+        /// Largest first.
+        top: &'a [(Token, f32)],
+        /// ln sum exp(logit / temperature) over the vocabulary.
+        log_sum_exp: f64,
+    },
+    /// Log-probabilities of the tokens asked for, in their order.
+    LogProbs(&'a [f64]),
+}
+
+/// The outputs of one [`Lm::eval`], by place in its batch.
+///
+/// Models fill it with full logits through [`Outputs::from_logits`] or with reduced forms that a
+/// device computed through [`Outputs::push_top`] and its siblings.
+#[derive(Debug, Default)]
+pub struct Outputs {
+    rows: Vec<Stored>,
+    logits: Vec<f32>,
+    top: Vec<(Token, f32)>,
+    log_probs: Vec<f64>,
+}
+
+/// Ranges into the arrays of [`Outputs`], so that a reused `Outputs` allocates nothing.
+#[derive(Debug, Clone)]
+enum Stored {
+    Nothing,
+    Logits(std::ops::Range<usize>),
+    Top(std::ops::Range<usize>, f64),
+    LogProbs(std::ops::Range<usize>),
+}
+
+impl Outputs {
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.logits.clear();
+        self.top.clear();
+        self.log_probs.clear();
+    }
+
+    /// What row `i` of the batch returned.
+    ///
+    /// # Panics
+    /// If the batch had no such row.
+    pub fn get(&self, i: usize) -> Output<'_> {
+        match &self.rows[i] {
+            Stored::Nothing => Output::Nothing,
+            Stored::Logits(range) => Output::Logits(&self.logits[range.clone()]),
+            Stored::Top(range, lse) => {
+                Output::Top { top: &self.top[range.clone()], log_sum_exp: *lse }
+            }
+            Stored::LogProbs(range) => Output::LogProbs(&self.log_probs[range.clone()]),
+        }
+    }
+
+    /// The full logits of row `i`.
+    ///
+    /// # Panics
+    /// If row `i` did not want [`Want::Logits`].
+    pub fn logits(&self, i: usize) -> &[f32] {
+        match self.get(i) {
+            Output::Logits(logits) => logits,
+            other => panic!("row {i} returned {other:?}, not logits"),
+        }
+    }
+
+    /// Adds a row that wanted nothing.
+    pub fn push_nothing(&mut self) {
+        self.rows.push(Stored::Nothing);
+    }
+
+    /// Adds a row's full logits.
+    pub fn push_logits(&mut self, logits: &[f32]) {
+        let start = self.logits.len();
+        self.logits.extend_from_slice(logits);
+        self.rows.push(Stored::Logits(start..self.logits.len()));
+    }
+
+    /// Adds a row's largest logits.
+    pub fn push_top(&mut self, top: impl IntoIterator<Item = (Token, f32)>, log_sum_exp: f64) {
+        let start = self.top.len();
+        self.top.extend(top);
+        self.rows.push(Stored::Top(start..self.top.len(), log_sum_exp));
+    }
+
+    /// Adds a row's log-probabilities.
+    pub fn push_log_probs(&mut self, log_probs: impl IntoIterator<Item = f64>) {
+        let start = self.log_probs.len();
+        self.log_probs.extend(log_probs);
+        self.rows.push(Stored::LogProbs(start..self.log_probs.len()));
+    }
+
+    /// Adds what `want` asks of a row with these logits.
+    pub fn push(&mut self, want: &Want<'_>, logits: &[f32]) {
+        match *want {
+            Want::Nothing => self.push_nothing(),
+            Want::Logits => self.push_logits(logits),
+            Want::Top { k, temperature } => {
+                let mut order: Vec<(Token, f32)> =
+                    logits.iter().enumerate().map(|(i, &x)| (i as Token, x)).collect();
+                let largest =
+                    |a: &(Token, f32), b: &(Token, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+                let k = k.min(order.len());
+                if k > 0 && k < order.len() {
+                    order.select_nth_unstable_by(k - 1, largest);
+                }
+                order.truncate(k);
+                order.sort_unstable_by(largest);
+                self.push_top(order, log_sum_exp(logits, temperature));
+            }
+            Want::LogProbs { tokens, temperature } => {
+                let lse = log_sum_exp(logits, temperature);
+                self.push_log_probs(
+                    tokens.iter().map(|&t| f64::from(logits[t as usize] / temperature) - lse),
+                );
+            }
+        }
+    }
+
+    /// Takes whole rows of logits (`logits.len()` = wanting rows x vocabulary, in batch order)
+    /// and stores what each row of the batch wants of them.
+    pub fn from_logits(&mut self, wants: &[Want<'_>], logits: &[f32], vocab_size: usize) {
+        let mut rows = logits.chunks_exact(vocab_size);
+        for want in wants {
+            match want {
+                Want::Nothing => self.push_nothing(),
+                want => self.push(want, rows.next().expect("a row of logits for each want")),
+            }
+        }
+    }
+}
+
+/// ln sum exp(x / temperature), summed in f64.
+pub fn log_sum_exp(logits: &[f32], temperature: f32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if max == f32::NEG_INFINITY {
+        return f64::NEG_INFINITY;
+    }
+    let sum: f64 = logits.iter().map(|&x| f64::from((x - max) / temperature).exp()).sum();
+    f64::from(max / temperature) + sum.ln()
+}
+
+/// A language model with one session's cache.
+///
+/// Implementations keep *width invariance*: a row evaluated among others returns the same bits as
+/// alone, otherwise speculation would change the text.
+pub trait Lm: Send {
+    /// Tokens in the vocabulary: the length of a row of logits.
+    fn vocab_size(&self) -> usize;
+
+    /// Rows in the committed line.
+    fn committed(&self) -> usize;
+
+    /// The most rows that line and tree may have together.
+    fn capacity(&self) -> usize;
+
+    /// Evaluates tokens and appends them to the tree. The first becomes row
+    /// `Row(number of uncommitted rows)`, the others follow.
+    ///
+    /// # Errors
+    /// [`crate::Error::ContextFull`] if a row's position would pass [`Lm::capacity`];
+    /// [`crate::Error::Invalid`] for a token outside the vocabulary, a parent that is not there,
+    /// or more than [`MAX_TREE`] uncommitted rows; what the device reports. After an error
+    /// nothing was appended.
+    fn eval(&mut self, batch: &Batch<'_>) -> Result<&Outputs>;
+
+    /// Commits the path from the line to `tip` and forgets every other uncommitted row; `None`
+    /// forgets all.
+    ///
+    /// # Errors
+    /// [`crate::Error::Invalid`] if `tip` is not in the tree.
+    fn keep(&mut self, tip: Option<Row>) -> Result<()>;
+
+    /// Forgets the tree and all but the first `len` rows of the line, so that a new prompt can
+    /// share a prefix with the last.
+    ///
+    /// # Errors
+    /// [`crate::Error::Invalid`] if the line is shorter.
+    fn truncate(&mut self, len: usize) -> Result<()>;
+}
+
+/// Evaluates `tokens` after the line and commits them, in pieces that fit the tree.
+///
+/// # Errors
+/// As [`Lm::eval`].
+pub fn extend(lm: &mut dyn Lm, tokens: &[Token]) -> Result<()> {
+    lm.keep(None)?;
+    for piece in tokens.chunks(MAX_TREE) {
+        lm.eval(&Batch::chain(piece, None, Row(0), Want::Nothing))?;
+        lm.keep(Some(Row(piece.len() as u32 - 1)))?;
+    }
+    Ok(())
+}

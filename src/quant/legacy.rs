@@ -1,0 +1,94 @@
+//! Blocks of 32 weights with one scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+//!
+//! Nibbles: byte `j` of sixteen holds weight `j` in its low half and weight `j + 16` in its high
+//! half. The fifth bits of Q5 are bit `j` of a 32-bit word.
+
+use half::f16;
+
+use super::f16_at;
+
+/// `d` f16, 16 bytes of nibbles; weight = d (q - 8).
+pub(super) fn q4_0(block: &[u8], out: &mut [f32]) {
+    let d = f16_at(block);
+    for (j, &q) in block[2..].iter().enumerate() {
+        out[j] = d * (f32::from(q & 15) - 8.0);
+        out[j + 16] = d * (f32::from(q >> 4) - 8.0);
+    }
+}
+
+/// `d`, `m` f16, 16 bytes of nibbles; weight = d q + m.
+pub(super) fn q4_1(block: &[u8], out: &mut [f32]) {
+    let (d, m) = (f16_at(block), f16_at(&block[2..]));
+    for (j, &q) in block[4..].iter().enumerate() {
+        out[j] = d * f32::from(q & 15) + m;
+        out[j + 16] = d * f32::from(q >> 4) + m;
+    }
+}
+
+/// The 5-bit values of 32 weights from their high bits and nibbles.
+fn five_bits(high: &[u8], nibbles: &[u8]) -> [u8; 32] {
+    let high = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
+    std::array::from_fn(|j| {
+        let q = nibbles[j % 16];
+        let low = if j < 16 { q & 15 } else { q >> 4 };
+        low | ((high >> j & 1) as u8) << 4
+    })
+}
+
+/// `d` f16, 4 bytes of high bits, 16 bytes of nibbles; weight = d (q - 16).
+pub(super) fn q5_0(block: &[u8], out: &mut [f32]) {
+    let d = f16_at(block);
+    for (q, x) in five_bits(&block[2..6], &block[6..]).into_iter().zip(out) {
+        *x = d * (f32::from(q) - 16.0);
+    }
+}
+
+/// `d`, `m` f16, 4 bytes of high bits, 16 bytes of nibbles; weight = d q + m.
+pub(super) fn q5_1(block: &[u8], out: &mut [f32]) {
+    let (d, m) = (f16_at(block), f16_at(&block[2..]));
+    for (q, x) in five_bits(&block[4..8], &block[8..]).into_iter().zip(out) {
+        *x = d * f32::from(q) + m;
+    }
+}
+
+/// `d` f16, 32 signed bytes; weight = d q.
+pub(super) fn q8_0(block: &[u8], out: &mut [f32]) {
+    let d = f16_at(block);
+    for (&q, x) in block[2..].iter().zip(out) {
+        *x = d * f32::from(q as i8);
+    }
+}
+
+/// Rounds weights to Q8_0 blocks: the largest magnitude of a block becomes 127.
+///
+/// # Panics
+/// If the number of weights is no multiple of 32.
+pub fn quantize_q8_0(weights: &[f32]) -> Vec<u8> {
+    assert_eq!(weights.len() % 32, 0);
+    let mut out = Vec::with_capacity(weights.len() / 32 * 34);
+    for block in weights.chunks_exact(32) {
+        let d = block.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+        let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+        out.extend(f16::from_f32(d).to_le_bytes());
+        out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
+    }
+    out
+}
+
+/// Rounds weights to Q4_0 blocks: the value of largest magnitude becomes -8.
+///
+/// # Panics
+/// If the number of weights is no multiple of 32.
+pub fn quantize_q4_0(weights: &[f32]) -> Vec<u8> {
+    assert_eq!(weights.len() % 32, 0);
+    let mut out = Vec::with_capacity(weights.len() / 32 * 18);
+    for block in weights.chunks_exact(32) {
+        let extreme = block.iter().fold(0f32, |m, &x| if x.abs() > m.abs() { x } else { m });
+        let d = extreme / -8.0;
+        let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+        let q = |x: f32| (x * inverse + 8.5).clamp(0.0, 15.0) as u8;
+        out.extend(f16::from_f32(d).to_le_bytes());
+        out.extend((0..16).map(|j| q(block[j]) | q(block[j + 16]) << 4));
+    }
+    out
+}
