@@ -58,6 +58,9 @@ pub enum Error {
         /// What the driver said.
         reason: String,
     },
+    /// A callback asked to stop.
+    #[error("stopped on request")]
+    Cancelled,
 }
 
 /// `std::result::Result` with this crate's [`enum@Error`].

@@ -16,6 +16,7 @@ mod write;
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::quant::BlockType;
@@ -304,5 +305,31 @@ impl Gguf {
         }
         #[cfg(not(unix))]
         let _ = tensor;
+    }
+}
+
+/// A tensor that keeps its file open: what a backend holds to weights that it does not copy.
+#[derive(Debug, Clone)]
+pub struct SharedTensor {
+    file: Arc<Gguf>,
+    index: usize,
+}
+
+impl SharedTensor {
+    /// The tensor called `name`, if `file` has it.
+    pub fn find(file: &Arc<Gguf>, name: &str) -> Option<Self> {
+        let bytes = file.bytes.as_slice();
+        let index = file.tensors.iter().position(|t| &bytes[t.name.clone()] == name.as_bytes())?;
+        Some(SharedTensor { file: file.clone(), index })
+    }
+
+    /// The tensor.
+    pub fn view(&self) -> Tensor<'_> {
+        self.file.view(&self.file.tensors[self.index])
+    }
+
+    /// Says that its mapped pages are not needed soon: see [`Gguf::release`].
+    pub fn release(&self) {
+        self.file.release(&self.view());
     }
 }

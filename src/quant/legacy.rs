@@ -7,56 +7,53 @@ use half::f16;
 
 use super::f16_at;
 
-/// `d` f16, 16 bytes of nibbles; weight = d (q - 8).
-pub(super) fn q4_0(block: &[u8], out: &mut [f32]) {
-    let d = f16_at(block);
-    for (j, &q) in block[2..].iter().enumerate() {
-        out[j] = d * (f32::from(q & 15) - 8.0);
-        out[j + 16] = d * (f32::from(q >> 4) - 8.0);
+/// The values of a nibble plane of 16 bytes: 32 of 4 bits.
+pub(super) fn nibbles(bytes: &[u8], values: &mut [u8]) {
+    for (j, &q) in bytes[..16].iter().enumerate() {
+        values[j] = q & 15;
+        values[j + 16] = q >> 4;
     }
+}
+
+/// The values of Q5's two planes: 32 of 5 bits.
+fn five_bits(high: &[u8], low: &[u8], values: &mut [u8]) {
+    let high = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
+    nibbles(low, values);
+    for (j, q) in values.iter_mut().enumerate() {
+        *q |= ((high >> j & 1) as u8) << 4;
+    }
+}
+
+/// `d` f16, 16 bytes of nibbles; weight = d (q - 8).
+pub(super) fn q4_0(block: &[u8], values: &mut [u8]) {
+    nibbles(&block[2..], values);
 }
 
 /// `d`, `m` f16, 16 bytes of nibbles; weight = d q + m.
-pub(super) fn q4_1(block: &[u8], out: &mut [f32]) {
-    let (d, m) = (f16_at(block), f16_at(&block[2..]));
-    for (j, &q) in block[4..].iter().enumerate() {
-        out[j] = d * f32::from(q & 15) + m;
-        out[j + 16] = d * f32::from(q >> 4) + m;
-    }
-}
-
-/// The 5-bit values of 32 weights from their high bits and nibbles.
-fn five_bits(high: &[u8], nibbles: &[u8]) -> [u8; 32] {
-    let high = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
-    std::array::from_fn(|j| {
-        let q = nibbles[j % 16];
-        let low = if j < 16 { q & 15 } else { q >> 4 };
-        low | ((high >> j & 1) as u8) << 4
-    })
+pub(super) fn q4_1(block: &[u8], values: &mut [u8]) {
+    nibbles(&block[4..], values);
 }
 
 /// `d` f16, 4 bytes of high bits, 16 bytes of nibbles; weight = d (q - 16).
-pub(super) fn q5_0(block: &[u8], out: &mut [f32]) {
-    let d = f16_at(block);
-    for (q, x) in five_bits(&block[2..6], &block[6..]).into_iter().zip(out) {
-        *x = d * (f32::from(q) - 16.0);
-    }
+pub(super) fn q5_0(block: &[u8], values: &mut [u8]) {
+    five_bits(&block[2..6], &block[6..], values);
 }
 
 /// `d`, `m` f16, 4 bytes of high bits, 16 bytes of nibbles; weight = d q + m.
-pub(super) fn q5_1(block: &[u8], out: &mut [f32]) {
-    let (d, m) = (f16_at(block), f16_at(&block[2..]));
-    for (q, x) in five_bits(&block[4..8], &block[8..]).into_iter().zip(out) {
-        *x = d * f32::from(q) + m;
+pub(super) fn q5_1(block: &[u8], values: &mut [u8]) {
+    five_bits(&block[4..8], &block[8..], values);
+}
+
+/// `d` f16, 32 signed bytes; weight = d (q - 128), with the sign bit flipped.
+pub(super) fn q8_0(block: &[u8], values: &mut [u8]) {
+    for (q, &byte) in values.iter_mut().zip(&block[2..]) {
+        *q = byte ^ 0x80;
     }
 }
 
-/// `d` f16, 32 signed bytes; weight = d q.
-pub(super) fn q8_0(block: &[u8], out: &mut [f32]) {
-    let d = f16_at(block);
-    for (&q, x) in block[2..].iter().zip(out) {
-        *x = d * f32::from(q as i8);
-    }
+/// The scale and minimum of a block: weight = scale (q - offset) + minimum.
+pub(super) fn scales(block: &[u8], has_minimum: bool) -> (f32, f32) {
+    (f16_at(block), if has_minimum { f16_at(&block[2..]) } else { 0.0 })
 }
 
 /// Rounds weights to Q8_0 blocks: the largest magnitude of a block becomes 127.

@@ -7,13 +7,11 @@
 mod floats;
 mod k_quants;
 mod legacy;
-mod nonlinear;
 
 use std::fmt;
 
-pub use k_quants::{k4_scale_min, q3_k_scales};
+pub use k_quants::SuperScales;
 pub use legacy::{quantize_q4_0, quantize_q8_0};
-pub use nonlinear::IQ4_VALUES;
 
 /// The element types of ggml, with the numbers that GGUF gives them.
 ///
@@ -148,6 +146,71 @@ impl BlockType {
         Self::READABLE.contains(&self)
     }
 
+    /// Weights that share a scale (and a minimum); 1 for the types that have none.
+    pub fn scale_len(self) -> usize {
+        use BlockType::*;
+        match self {
+            Q2_K | Q3_K | Q6_K => 16,
+            _ if self.is_float() => 1,
+            _ => 32,
+        }
+    }
+
+    /// What is subtracted from a value of [`BlockType::values`] before it is scaled; the IQ4
+    /// types look their nibbles up in [`IQ4_VALUES`] instead.
+    pub fn offset(self) -> u8 {
+        use BlockType::*;
+        match self {
+            Q3_K => 4,
+            Q4_0 => 8,
+            Q5_0 => 16,
+            Q6_K => 32,
+            Q8_0 => 128,
+            _ => 0,
+        }
+    }
+
+    /// The stored integers of one block of a quantized type, unsigned and in order of column.
+    ///
+    /// # Panics
+    /// If the type is not quantized or not readable, or a length is not a block's.
+    pub fn values(self, block: &[u8], values: &mut [u8]) {
+        assert_eq!((block.len(), values.len()), (self.block_bytes(), self.block_len()));
+        match self {
+            BlockType::Q4_0 | BlockType::IQ4_NL => legacy::q4_0(block, values),
+            BlockType::Q4_1 => legacy::q4_1(block, values),
+            BlockType::Q5_0 => legacy::q5_0(block, values),
+            BlockType::Q5_1 => legacy::q5_1(block, values),
+            BlockType::Q8_0 => legacy::q8_0(block, values),
+            BlockType::Q2_K => k_quants::q2_k(block, values),
+            BlockType::Q3_K => k_quants::q3_k(block, values),
+            BlockType::Q4_K => k_quants::q4_k(block, values),
+            BlockType::Q5_K => k_quants::q5_k(block, values),
+            BlockType::Q6_K => k_quants::q6_k(block, values),
+            BlockType::IQ4_XS => {
+                for (bytes, q) in block[8..].chunks_exact(16).zip(values.chunks_exact_mut(32)) {
+                    legacy::nibbles(bytes, q);
+                }
+            }
+            _ => panic!("{self} has no values that can be read"),
+        }
+    }
+
+    /// The scales of one super-block of a type that has them.
+    ///
+    /// # Panics
+    /// If the type has no super-blocks or is not readable.
+    pub fn super_scales(self, block: &[u8]) -> SuperScales {
+        match self {
+            BlockType::Q2_K => k_quants::q2_k_scales(block),
+            BlockType::Q3_K => k_quants::q3_k_scales(block),
+            BlockType::Q4_K | BlockType::Q5_K => k_quants::q45_k_scales(block),
+            BlockType::Q6_K => k_quants::q6_k_scales(block),
+            BlockType::IQ4_XS => k_quants::iq4_xs_scales(block),
+            _ => panic!("{self} has no super-blocks"),
+        }
+    }
+
     /// Decodes whole blocks: `out.len()` weights from `blocks`.
     ///
     /// # Panics
@@ -160,29 +223,41 @@ impl BlockType {
             out.len(),
             blocks.len()
         );
-        let one: fn(&[u8], &mut [f32]) = match self {
+        match self {
             BlockType::F32 => return floats::f32s(blocks, out),
             BlockType::F16 => return floats::f16s(blocks, out),
             BlockType::BF16 => return floats::bf16s(blocks, out),
-            BlockType::Q4_0 => legacy::q4_0,
-            BlockType::Q4_1 => legacy::q4_1,
-            BlockType::Q5_0 => legacy::q5_0,
-            BlockType::Q5_1 => legacy::q5_1,
-            BlockType::Q8_0 => legacy::q8_0,
-            BlockType::Q2_K => k_quants::q2_k,
-            BlockType::Q3_K => k_quants::q3_k,
-            BlockType::Q4_K => k_quants::q4_k,
-            BlockType::Q5_K => k_quants::q5_k,
-            BlockType::Q6_K => k_quants::q6_k,
-            BlockType::IQ4_NL => nonlinear::iq4_nl,
-            BlockType::IQ4_XS => nonlinear::iq4_xs,
-            _ => panic!("{self} cannot be dequantized"),
-        };
+            _ => {}
+        }
+        let mut values = [0; 256];
+        let values = &mut values[..len];
+        let meaning: [f32; 256] = self.meaning();
         for (block, out) in blocks.chunks_exact(bytes).zip(out.chunks_exact_mut(len)) {
-            one(block, out);
+            self.values(block, values);
+            let q = values.iter().map(|&q| meaning[q as usize]);
+            if len == 256 {
+                k_quants::dequantize(&self.super_scales(block), q, out, self.scale_len());
+            } else {
+                let has_minimum = matches!(self, BlockType::Q4_1 | BlockType::Q5_1);
+                let (d, m) = legacy::scales(block, has_minimum);
+                out.iter_mut().zip(q).for_each(|(x, q)| *x = d * q + m);
+            }
         }
     }
+
+    /// The number that each value stands for before it is scaled.
+    fn meaning(self) -> [f32; 256] {
+        let nonlinear = matches!(self, BlockType::IQ4_NL | BlockType::IQ4_XS);
+        std::array::from_fn(|q| match nonlinear {
+            true => f32::from(IQ4_VALUES[q % 16]),
+            false => q as f32 - f32::from(self.offset()),
+        })
+    }
 }
+
+/// What a nibble of the IQ4 types stands for.
+pub const IQ4_VALUES: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 impl fmt::Display for BlockType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,0 +1,282 @@
+//! The kernels of each instruction set, and which of them this machine runs.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use super::attention::{self, Attention, Half, Scratch};
+use super::matmul::{self, Form, Kernel};
+use super::panel::{Format, match_format};
+use super::simd::{Scalar, Simd, exp, sum_lanes};
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+use crate::error::{Error, Result};
+use crate::quant::BlockType;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Isa {
+    /// No vector instructions beyond the target's baseline: the reference.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX2 with AVX-VNNI.
+    AvxVnni,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 with VNNI.
+    Avx512Vnni,
+}
+
+impl Isa {
+    /// All, from the plainest to the best.
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni];
+
+    /// Its name, as `MTAD_CPU` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
+            Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            let avx512 = avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            match self {
+                Isa::Scalar => true,
+                Isa::Avx2 => avx2,
+                Isa::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
+                Isa::Avx512 => avx512,
+                Isa::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Isa::Scalar
+        }
+    }
+
+    /// The one to use: the best of this machine, or the one that the environment variable
+    /// `MTAD_CPU` names.
+    ///
+    /// # Errors
+    /// `MTAD_CPU` names one that is unknown or that this machine lacks.
+    pub fn choose() -> Result<Isa> {
+        let available = || Isa::ALL.into_iter().filter(|isa| isa.is_available());
+        let names = || available().map(Isa::name).collect::<Vec<_>>().join(", ");
+        match std::env::var("MTAD_CPU") {
+            Err(_) => Ok(available().last().unwrap_or(Isa::Scalar)),
+            Ok(name) => available().find(|isa| isa.name() == name).ok_or_else(|| {
+                Error::invalid(format!("MTAD_CPU={name}: this machine runs {}", names()))
+            }),
+        }
+    }
+
+    pub(super) fn kernels(self) -> &'static Kernels {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => &avxvnni::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => &avx512vnni::KERNELS,
+            _ => &scalar::KERNELS,
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Function pointers to the kernels of one instruction set.
+///
+/// Calling any of them is sound only on a machine that has it; [`Isa::is_available`] says so.
+pub(super) struct Kernels {
+    /// The matrix kernels of a type, for 1, 2, ... activation rows.
+    pub matmul: fn(BlockType) -> &'static [Kernel],
+    /// [`matmul::lay_out`].
+    pub lay_out: unsafe fn(Form, &[f32], &mut [u32], usize, usize),
+    /// [`rms_norm`].
+    pub rms_norm: unsafe fn(&[f32], usize, &[f32], f32, &mut [f32]),
+    /// [`swiglu`].
+    pub swiglu: unsafe fn(&mut [f32], &[f32]),
+    /// [`attention::attend`] for the two cache types.
+    pub attend_f16: unsafe fn(&Attention<'_>, &[Half], Range<usize>, &mut Scratch),
+    pub attend_f32: unsafe fn(&Attention<'_>, &[f32], Range<usize>, &mut Scratch),
+}
+
+/// One row of RMSNorm over `width` elements; the slices are padded with zeros to vectors.
+#[inline(always)]
+unsafe fn rms_norm<S: Simd>(
+    x: &[f32],
+    width: usize,
+    weight: &[f32],
+    epsilon: f32,
+    out: &mut [f32],
+) {
+    assert!(x.len() == weight.len() && x.len() == out.len() && x.len().is_multiple_of(16));
+    // SAFETY: all three are x.len() long, a multiple of every vector.
+    unsafe {
+        let mut squares = S::f32(0.0);
+        for i in (0..x.len()).step_by(S::LANES) {
+            let v = S::load(x.as_ptr().add(i));
+            squares = S::fma(v, v, squares);
+        }
+        let mean = sum_lanes::<S>(squares) / width as f32;
+        let scale = S::f32(1.0 / (mean + epsilon).sqrt());
+        for i in (0..x.len()).step_by(S::LANES) {
+            let v = S::mul(S::load(x.as_ptr().add(i)), scale);
+            S::store(out.as_mut_ptr().add(i), S::mul(v, S::load(weight.as_ptr().add(i))));
+        }
+    }
+}
+
+/// gate = gate / (1 + exp(-gate)) * up, elementwise.
+#[inline(always)]
+unsafe fn swiglu<S: Simd>(gate: &mut [f32], up: &[f32]) {
+    assert!(gate.len() == up.len() && gate.len().is_multiple_of(16));
+    // SAFETY: both are gate.len() long, a multiple of every vector.
+    unsafe {
+        for i in (0..gate.len()).step_by(S::LANES) {
+            let at = gate.as_mut_ptr().add(i);
+            let g = S::load(at);
+            let e = exp::<S>(S::sub(S::f32(0.0), g));
+            let silu = S::div(g, S::add(S::f32(1.0), e));
+            S::store(at, S::mul(silu, S::load(up.as_ptr().add(i))));
+        }
+    }
+}
+
+/// Compiles the kernels for one instruction set, in a module of its own.
+macro_rules! compile {
+    ($module:ident, $simd:ty, [$($n:literal)*] $(, $features:literal)?) => {
+        mod $module {
+            use super::*;
+
+            /// # Safety
+            /// The machine has the instruction set, and [`matmul::quantized`]'s.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn quantized<F: Format, const N: usize>(a: &matmul::Args) {
+                // SAFETY: the caller's.
+                unsafe { matmul::quantized::<$simd, F, N>(a) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set, and [`matmul::float`]'s.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn float<W: matmul::FloatWeights, const N: usize>(a: &matmul::Args) {
+                // SAFETY: the caller's.
+                unsafe { matmul::float::<$simd, W, N>(a) }
+            }
+
+            fn for_format<F: Format>() -> &'static [Kernel] {
+                const { &[$(quantized::<F, $n>),*] }
+            }
+
+            fn for_float<W: matmul::FloatWeights>() -> &'static [Kernel] {
+                const { &[$(float::<W, $n>),*] }
+            }
+
+            fn matmul(block_type: BlockType) -> &'static [Kernel] {
+                match block_type {
+                    BlockType::F32 => for_float::<matmul::F32>(),
+                    BlockType::F16 => for_float::<matmul::F16>(),
+                    BlockType::BF16 => for_float::<matmul::Bf16>(),
+                    _ => match_format!(
+                        block_type,
+                        F => for_format::<F>(),
+                        _ => unreachable!("{block_type} was refused when it was packed")
+                    ),
+                }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn lay_out(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
+                matmul::lay_out(form, x, tile, r, n);
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rms_norm(x: &[f32], width: usize, w: &[f32], epsilon: f32, out: &mut [f32]) {
+                // SAFETY: the caller's.
+                unsafe { super::rms_norm::<$simd>(x, width, w, epsilon, out) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn swiglu(gate: &mut [f32], up: &[f32]) {
+                // SAFETY: the caller's.
+                unsafe { super::swiglu::<$simd>(gate, up) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set, and [`attention::attend`]'s.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend_f16(a: &Attention<'_>, l: &[Half], heads: Range<usize>, s: &mut Scratch) {
+                // SAFETY: the caller's.
+                unsafe { attention::attend::<$simd, Half>(a, l, heads, s) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set, and [`attention::attend`]'s.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend_f32(a: &Attention<'_>, l: &[f32], heads: Range<usize>, s: &mut Scratch) {
+                // SAFETY: the caller's.
+                unsafe { attention::attend::<$simd, f32>(a, l, heads, s) }
+            }
+
+            pub(super) static KERNELS: Kernels =
+                Kernels { matmul, lay_out, rms_norm, swiglu, attend_f16, attend_f32 };
+
+            const _: () = assert!([$($n),*].len() == <$simd as Simd>::TILE);
+        }
+    };
+}
+
+compile!(scalar, Scalar, [1 2 3 4]);
+#[cfg(target_arch = "x86_64")]
+compile!(avx2, x86::Avx2, [1 2 3 4], "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+compile!(avxvnni, x86::AvxVnni, [1 2 3 4], "avx2,fma,f16c,avxvnni");
+#[cfg(target_arch = "x86_64")]
+compile!(avx512, x86::Avx512, [1 2 3 4 5 6 7 8], "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
+#[cfg(target_arch = "x86_64")]
+compile!(
+    avx512vnni,
+    x86::Avx512Vnni,
+    [1 2 3 4 5 6 7 8],
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+);
+
+/// The machine's choice, made once.
+pub(super) fn chosen() -> Result<Isa> {
+    static CHOSEN: OnceLock<Isa> = OnceLock::new();
+    if let Some(&isa) = CHOSEN.get() {
+        return Ok(isa);
+    }
+    let isa = Isa::choose()?;
+    Ok(*CHOSEN.get_or_init(|| isa))
+}

@@ -1,0 +1,311 @@
+//! Products of packed weights with a few activation rows.
+//!
+//! Decoding is bound by reading weights, so a block of weights is unpacked once and used for
+//! every activation row of a tile. Activations are quantized once per product to bytes with one
+//! scale per 32 columns and laid out in the order in which the kernel reads them: for a tile of
+//! `n` rows and each block of 32 columns, eight dwords of four columns (each for n rows), then
+//! per row the scale, the negated sums of the bytes (integer, for formats with an offset) and
+//! the scaled sums (for formats with minima).
+//!
+//! One output is sum over blocks of fma(float(integer dot product) * activation scale, weight
+//! scale, so far), in order of column: the same operations whatever `n`, the tile, the thread
+//! count and the instruction set.
+
+use super::panel::{BLOCK, Format, Panels, ROWS, Values};
+use super::simd::Simd;
+use crate::quant::BlockType;
+
+/// What a kernel works on: one panel and one tile.
+#[derive(Clone, Copy)]
+pub(super) struct Args {
+    pub panel: *const u8,
+    /// Bytes of scales at the panel's head.
+    pub scale_bytes: usize,
+    pub cols: usize,
+    /// The tile's activations.
+    pub activations: *const u32,
+    /// Sixteen outputs of the tile's first row.
+    pub out: *mut f32,
+    /// f32s from a row of outputs to the next.
+    pub out_stride: usize,
+    /// Sixteen biases, or null.
+    pub bias: *const f32,
+    /// Whether to add to the outputs instead of replacing them.
+    pub add: bool,
+    /// A panel to be fetched meanwhile, or null.
+    pub prefetch: *const u8,
+}
+
+/// A kernel for a fixed type and number of rows.
+pub(super) type Kernel = unsafe fn(&Args);
+
+/// How activations are laid out for a weight type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Form {
+    /// f32, for float weights: for each column, one for each row of the tile.
+    Float,
+    /// Bytes with sums over whole blocks.
+    Whole,
+    /// Bytes with sums over the halves of blocks.
+    Halves,
+}
+
+impl Form {
+    /// The form that a type's kernel reads.
+    pub fn of(block_type: BlockType) -> Self {
+        match block_type.scale_len() {
+            1 => Form::Float,
+            16 => Form::Halves,
+            _ => Form::Whole,
+        }
+    }
+
+    /// Dwords for one row of `cols` columns.
+    pub fn row_dwords(self, cols: usize) -> usize {
+        match self {
+            Form::Float => cols,
+            Form::Whole => cols / BLOCK * block_dwords(1),
+            Form::Halves => cols / BLOCK * block_dwords(2),
+        }
+    }
+}
+
+/// Dwords for one row and one block: bytes, scale, sums, scaled sums.
+const fn block_dwords(subs: usize) -> usize {
+    8 + 1 + 2 * subs
+}
+
+/// Lays out row `r` of a tile of `n` rows.
+///
+/// # Panics
+/// If `tile` is shorter than `n` rows of the form.
+#[inline(always)]
+pub(super) fn lay_out(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
+    match form {
+        Form::Float => {
+            for (x, group) in x.iter().zip(tile.chunks_exact_mut(n)) {
+                group[r] = x.to_bits();
+            }
+        }
+        Form::Whole => quantize::<1>(x, tile, r, n),
+        Form::Halves => quantize::<2>(x, tile, r, n),
+    }
+}
+
+/// Rounds a row to bytes: in each block the largest magnitude becomes 127.
+#[inline(always)]
+fn quantize<const SUBS: usize>(x: &[f32], tile: &mut [u32], r: usize, n: usize) {
+    // Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low bits; unlike a
+    // conversion it is one addition in every instruction set.
+    const MAGIC: f32 = 12_582_912.0;
+    let blocks = tile.chunks_exact_mut(n * block_dwords(SUBS));
+    for (x, tile) in x.chunks_exact(BLOCK).zip(blocks) {
+        let mut largest = [0f32; 8];
+        for x in x.chunks_exact(8) {
+            for (m, x) in largest.iter_mut().zip(x) {
+                *m = if x.abs() > *m { x.abs() } else { *m };
+            }
+        }
+        let largest = largest.into_iter().fold(0f32, f32::max);
+        let scale = largest / 127.0;
+        let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
+        let mut q = [0i32; BLOCK];
+        for (q, x) in q.iter_mut().zip(x) {
+            *q = ((x * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
+        }
+        for (g, q) in q.chunks_exact(4).enumerate() {
+            tile[g * n + r] = u32::from_le_bytes([q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8]);
+        }
+        tile[8 * n + r] = scale.to_bits();
+        for (s, q) in q.chunks_exact(BLOCK / SUBS).enumerate() {
+            let sum = q.iter().fold(0i32, |sum, &q| sum.wrapping_add(q));
+            tile[(9 + s) * n + r] = sum.wrapping_neg() as u32;
+            tile[(9 + SUBS + s) * n + r] = (scale * sum as f32).to_bits();
+        }
+    }
+}
+
+/// The kernel of a quantized type for a tile of `N` rows.
+///
+/// # Safety
+/// `a` describes a panel of this format with `cols` a multiple of 32, a tile of `N` rows laid
+/// out for it, and outputs that nobody else uses; the CPU has `S`.
+#[inline(always)]
+pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
+    let offset = if F::Values::WIDE && !S::UNSIGNED_WIDE { 0 } else { F::OFFSET };
+    let (blocks, values) = (a.cols / BLOCK, a.panel.wrapping_add(a.scale_bytes));
+    for lane in (0..ROWS).step_by(S::LANES) {
+        // SAFETY: all reads are inside the panel and the tile, whose sizes follow from `cols`.
+        unsafe {
+            let mut sums = [S::f32(0.0); N];
+            let mut tile = a.activations;
+            for b in 0..blocks {
+                let at = b * F::BLOCK_BYTES;
+                if lane == 0 && !a.prefetch.is_null() {
+                    for line in (0..F::BLOCK_BYTES).step_by(64) {
+                        S::prefetch(a.prefetch.wrapping_add(a.scale_bytes + at + line));
+                    }
+                    let scales = b * F::SCALE_BYTES / F::SCALE_BLOCKS;
+                    S::prefetch(a.prefetch.wrapping_add(scales));
+                }
+                let q = F::Values::unpack::<S>(values.add(at + 4 * lane));
+                let set = a.panel.add(b / F::SCALE_BLOCKS * F::SCALE_BYTES);
+                let scales = F::scales::<S>(set, lane, b % F::SCALE_BLOCKS);
+                for (s, &[scale, minimum]) in scales[..F::SUBS].iter().enumerate() {
+                    let mut acc = [S::i32(0); N];
+                    if offset > 0 {
+                        for (r, acc) in acc.iter_mut().enumerate() {
+                            let negated = *tile.add((9 + s) * N + r) as i32;
+                            *acc = S::i32(negated << offset);
+                        }
+                    }
+                    for g in s * 8 / F::SUBS..(s + 1) * 8 / F::SUBS {
+                        for (r, acc) in acc.iter_mut().enumerate() {
+                            let x = S::i32(*tile.add(g * N + r) as i32);
+                            *acc = match F::Values::WIDE {
+                                true => S::dot_wide(*acc, q[g], x),
+                                false => S::dot(*acc, q[g], x),
+                            };
+                        }
+                    }
+                    for r in 0..N {
+                        let d = S::f32(f32::from_bits(*tile.add(8 * N + r)));
+                        sums[r] = S::fma(S::mul(S::to_f32(acc[r]), d), scale, sums[r]);
+                        if F::MINIMA {
+                            let sum = *tile.add((9 + F::SUBS + s) * N + r);
+                            sums[r] = S::fma(S::f32(f32::from_bits(sum)), minimum, sums[r]);
+                        }
+                    }
+                }
+                tile = tile.add(N * block_dwords(F::SUBS));
+            }
+            finish::<S, N>(a, lane, sums);
+        }
+    }
+}
+
+/// A float type: how a vector of weights is loaded.
+pub(super) trait FloatWeights {
+    /// Bytes of a weight.
+    const SIZE: usize;
+
+    /// # Safety
+    /// As [`Simd`]'s loads.
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F;
+}
+
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct Bf16;
+
+impl FloatWeights for F32 {
+    const SIZE: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::load(p.cast()) }
+    }
+}
+
+impl FloatWeights for F16 {
+    const SIZE: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::load_f16(p.cast()) }
+    }
+}
+
+impl FloatWeights for Bf16 {
+    const SIZE: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        // SAFETY: the caller's. A bf16 is the high half of an f32.
+        unsafe { S::as_f32(S::shl::<16>(S::load_u16(p.cast()))) }
+    }
+}
+
+/// The kernel of a float type for a tile of `N` rows.
+///
+/// # Safety
+/// As [`quantized`], for any `cols`.
+#[inline(always)]
+pub(super) unsafe fn float<S: Simd, W: FloatWeights, const N: usize>(a: &Args) {
+    for lane in (0..ROWS).step_by(S::LANES) {
+        // SAFETY: all reads are inside the panel and the tile, whose sizes follow from `cols`.
+        unsafe {
+            let mut sums = [S::f32(0.0); N];
+            let mut tile = a.activations.cast::<f32>();
+            let mut weights = a.panel.add(lane * W::SIZE);
+            for _ in 0..a.cols {
+                let w = W::load::<S>(weights);
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::fma(w, S::f32(*tile.add(r)), *sum);
+                }
+                tile = tile.add(N);
+                weights = weights.add(ROWS * W::SIZE);
+            }
+            finish::<S, N>(a, lane, sums);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn finish<S: Simd, const N: usize>(a: &Args, lane: usize, sums: [S::F; N]) {
+    for (r, mut sum) in sums.into_iter().enumerate() {
+        // SAFETY: `out` has N rows of sixteen, `bias` sixteen.
+        unsafe {
+            let out = a.out.add(r * a.out_stride + lane);
+            if !a.bias.is_null() {
+                sum = S::add(sum, S::load(a.bias.add(lane)));
+            }
+            if a.add {
+                sum = S::add(S::load(out), sum);
+            }
+            S::store(out, sum);
+        }
+    }
+}
+
+/// Multiplies some panels with every tile of a batch.
+///
+/// # Safety
+/// As the kernels'; `activations` holds `rows` rows in tiles of `tile`, laid out in the form of
+/// the panels' type, and `out` has `rows` rows of `out_stride >= 16 * count()`, of which nobody
+/// else uses the columns of these panels.
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn multiply(
+    panels: &Panels,
+    range: std::ops::Range<usize>,
+    kernels: &[Kernel],
+    activations: *const u32,
+    rows: usize,
+    out: *mut f32,
+    out_stride: usize,
+    bias: Option<&[f32]>,
+    add: bool,
+) {
+    let tile = kernels.len();
+    let row_dwords = Form::of(panels.block_type).row_dwords(panels.cols);
+    for p in range.clone() {
+        let panel = panels.panel(p);
+        for first in (0..rows).step_by(tile) {
+            let n = tile.min(rows - first);
+            // One or two rows leave the memory system time to fetch on its own.
+            let fetch = first == 0 && n > 2 && p + 1 < range.end;
+            let args = Args {
+                panel,
+                scale_bytes: panels.scale_bytes,
+                cols: panels.cols,
+                activations: activations.wrapping_add(first * row_dwords),
+                out: out.wrapping_add(first * out_stride + p * ROWS),
+                out_stride,
+                bias: bias.map_or(std::ptr::null(), |bias| bias[p * ROWS..].as_ptr()),
+                add,
+                prefetch: if fetch { panel.wrapping_add(panels.stride) } else { std::ptr::null() },
+            };
+            // SAFETY: the caller's.
+            unsafe { kernels[n - 1](&args) };
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! A session: one user's cache over shared weights, as an [`Lm`].
+
+use std::sync::Arc;
+
+use super::lm::{Batch, Lm, Outputs, Row, Want};
+use super::tree::Tree;
+use crate::backend::{Backend, CacheShape, Rows};
+use crate::error::Result;
+
+/// What an architecture says of itself.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Tokens in the vocabulary.
+    pub vocab_size: usize,
+    /// Positions that it was trained for.
+    pub context: usize,
+    /// Multiplications with weights for one row, logits included.
+    pub macs: usize,
+    /// Radians per position of each rotated pair.
+    pub rotary_frequencies: Vec<f64>,
+    /// What it keeps for each row.
+    pub cache: CacheShape,
+}
+
+/// The forward pass of a family of models over a backend's verbs.
+pub trait Architecture<B: Backend>: Send + Sync + 'static {
+    /// The buffers of one evaluation.
+    type Activations: Send;
+
+    /// Its figures.
+    fn shape(&self) -> &Shape;
+
+    /// Buffers for a session.
+    fn activations(&self, backend: &B) -> Self::Activations;
+
+    /// Evaluates the rows of a pass; computes logits for the rows `wanted`, in that order.
+    fn forward(
+        &self,
+        pass: &mut B::Pass<'_>,
+        cache: &mut B::Cache,
+        activations: &mut Self::Activations,
+        wanted: &[u32],
+    );
+
+    /// The buffer in which [`Architecture::forward`] left the logits.
+    fn logits<'a>(&self, activations: &'a Self::Activations) -> &'a B::Buffer;
+}
+
+/// One session of a model.
+pub struct Session<B: Backend, A: Architecture<B>> {
+    backend: Arc<B>,
+    model: Arc<A>,
+    cache: B::Cache,
+    activations: A::Activations,
+    tree: Tree,
+    capacity: usize,
+    /// Cosine and sine of every pair at every position so far.
+    rotations: Vec<[f32; 2]>,
+    row_rotations: Vec<[f32; 2]>,
+    paths: Vec<u128>,
+    wanted: Vec<u32>,
+    readback: Vec<f32>,
+    outputs: Outputs,
+}
+
+impl<B: Backend, A: Architecture<B>> Session<B, A> {
+    /// A session of at most `capacity` rows, whose cache is stored as `cache` says.
+    pub fn new(backend: Arc<B>, model: Arc<A>, capacity: usize, cache: CacheShape) -> Self {
+        let cache = backend.cache(cache);
+        let activations = model.activations(&backend);
+        Session {
+            backend,
+            model,
+            cache,
+            activations,
+            tree: Tree::default(),
+            capacity,
+            rotations: Vec::new(),
+            row_rotations: Vec::new(),
+            paths: Vec::new(),
+            wanted: Vec::new(),
+            readback: Vec::new(),
+            outputs: Outputs::default(),
+        }
+    }
+
+    /// Collects the rotations and paths of the rows from `first` on.
+    fn place(&mut self, first: usize) {
+        let frequencies = &self.model.shape().rotary_frequencies;
+        let pairs = frequencies.len();
+        self.row_rotations.clear();
+        self.paths.clear();
+        for row in (first..self.tree.len()).map(|r| Row(r as u32)) {
+            let position = self.tree.position(row);
+            for p in self.rotations.len() / pairs..=position {
+                let angle = |f: &f64| (p as f64 * f).sin_cos();
+                self.rotations
+                    .extend(frequencies.iter().map(angle).map(|(s, c)| [c as f32, s as f32]));
+            }
+            self.row_rotations.extend_from_slice(&self.rotations[position * pairs..][..pairs]);
+            self.paths.push(self.tree.path(row));
+        }
+    }
+
+    fn forward(&mut self, batch: &Batch<'_>, first: usize) -> Result<()> {
+        let wants_logits = |(_, want): &(usize, &Want<'_>)| !matches!(want, Want::Nothing);
+        self.wanted.clear();
+        let rows = batch.wants.iter().enumerate().filter(wants_logits).map(|(i, _)| i as u32);
+        self.wanted.extend(rows);
+        self.place(first);
+        let rows = Rows {
+            tokens: &batch.tokens,
+            line: self.tree.line(),
+            first_slot: self.tree.line() + first,
+            paths: &self.paths,
+            rotations: &self.row_rotations,
+        };
+        let (model, cache, activations) = (&self.model, &mut self.cache, &mut self.activations);
+        self.backend.pass(&rows, model.shape().macs, |pass| {
+            model.forward(pass, cache, activations, &self.wanted);
+            Ok(())
+        })?;
+        self.outputs.clear();
+        if self.wanted.is_empty() {
+            batch.wants.iter().for_each(|_| self.outputs.push_nothing());
+            return Ok(());
+        }
+        let logits = self.backend.read(model.logits(&self.activations), &mut self.readback)?;
+        self.outputs.from_logits(&batch.wants, logits, model.shape().vocab_size);
+        Ok(())
+    }
+}
+
+impl<B: Backend, A: Architecture<B>> Lm for Session<B, A> {
+    fn vocab_size(&self) -> usize {
+        self.model.shape().vocab_size
+    }
+
+    fn committed(&self) -> usize {
+        self.tree.line()
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn eval(&mut self, batch: &Batch<'_>) -> Result<&Outputs> {
+        let first = self.tree.len();
+        self.tree.append(batch, self.vocab_size(), self.capacity)?;
+        if batch.is_empty() {
+            self.outputs.clear();
+        } else if let Err(error) = self.forward(batch, first) {
+            self.tree.pop(batch.len());
+            return Err(error);
+        }
+        Ok(&self.outputs)
+    }
+
+    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
+        let line = self.tree.line();
+        let path = self.tree.keep(tip)?;
+        // Row r lies in slot line + r and moves down to its place in the line. Going up the path,
+        // no target is a slot that is still to be moved.
+        let moves: Vec<_> = path
+            .iter()
+            .enumerate()
+            .map(|(i, row)| (line + row.0 as usize, line + i))
+            .filter(|(from, to)| from != to)
+            .collect();
+        if moves.is_empty() { Ok(()) } else { self.backend.move_rows(&mut self.cache, &moves) }
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.tree.truncate(len)
+    }
+}

@@ -1,0 +1,74 @@
+//! Logits of real small models against exact ones (f64 arithmetic on the dequantized weights).
+
+mod common;
+
+use std::sync::Arc;
+
+use mtad::backend::cpu::{Cpu, Isa};
+use mtad::gguf::Gguf;
+use mtad::model::lm::{Batch, Lm, Row, Want};
+use mtad::model::{Device, Model, SessionOptions};
+
+use common::{nmse, read_npy, shared};
+
+/// Logits of every row, fed in groups of `group`.
+fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
+    let mut lm = model.session(&SessionOptions::default());
+    let mut out = Vec::new();
+    for piece in tokens.chunks(group) {
+        let mut batch = Batch::new();
+        for (i, &token) in piece.iter().enumerate() {
+            batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
+        }
+        let outputs = lm.eval(&batch).unwrap();
+        (0..piece.len()).for_each(|i| out.extend_from_slice(outputs.logits(i)));
+        lm.keep(Some(Row(piece.len() as u32 - 1))).unwrap();
+    }
+    out
+}
+
+#[test]
+fn golden_logits_within_the_contract_on_every_instruction_set() {
+    let Some(shared) = shared() else { return };
+    let golden = shared.join("vectors/golden");
+    let index = std::fs::read_to_string(golden.join("index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    let mut seen = 0;
+    for (name, entry) in index.as_object().unwrap() {
+        let tokens: Vec<u32> = entry["tokens"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t.as_u64().unwrap() as u32)
+            .collect();
+        let file = Arc::new(Gguf::open(golden.join(format!("{name}.gguf"))).unwrap());
+        let exact = read_npy(&golden.join(format!("{name}.exact.npy")));
+        let float = name.ends_with("f32") || name.ends_with("f16");
+        let limit = match float {
+            true => 1e-5,
+            false => 1.5 * entry["llamacpp_nmse_vs_exact"].as_f64().unwrap(),
+        };
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for threads in [1, 2] {
+                let device = Device::Cpu(Arc::new(Cpu::with_isa(threads, isa).unwrap()));
+                let model = Model::load(file.clone(), &device, &mut |_, _| true).unwrap();
+                let together = logits(&model, &tokens, tokens.len());
+                let error = nmse(&together, &exact);
+                println!("{name:20} {isa:10} {threads} threads: {error:.2e} (limit {limit:.2e})");
+                assert!(error <= limit, "{name} on {isa}: NMSE {error} > {limit}");
+                for group in [1, 3, 8] {
+                    let grouped = logits(&model, &tokens, group);
+                    assert_eq!(grouped, together, "{name} on {isa} in groups of {group}");
+                }
+                if threads == 1 {
+                    continue;
+                }
+                let alone = Device::Cpu(Arc::new(Cpu::with_isa(1, isa).unwrap()));
+                let alone = Model::load(file.clone(), &alone, &mut |_, _| true).unwrap();
+                assert_eq!(logits(&alone, &tokens, tokens.len()), together, "{name} on {isa}");
+            }
+        }
+        seen += 1;
+    }
+    assert_eq!(seen, 17, "models in {}", golden.display());
+}
