@@ -1,0 +1,163 @@
+//! A pair of models: the facade's entry.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::cpu::Cpu;
+use crate::error::{Error, Result};
+use crate::generation::Session;
+use crate::gguf::Gguf;
+use crate::model::{Device, Model, SessionOptions};
+use crate::tokenizer::Tokenizer;
+
+/// How a pair is loaded.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Where both models run: `cpu`.
+    pub device: String,
+    /// CPU threads; 0 is one for each physical core.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        LoadOptions { device: "cpu".to_owned(), threads: 0 }
+    }
+}
+
+impl LoadOptions {
+    /// The device that the options name.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is none of that name.
+    pub fn device(&self) -> Result<Device> {
+        match self.device.as_str() {
+            "cpu" => Ok(Device::Cpu(Arc::new(Cpu::new(self.threads)?))),
+            other => Err(Error::invalid(format!("there is no device `{other}`; there is `cpu`"))),
+        }
+    }
+}
+
+/// A target model, and a draft model that speaks the same tokens. Weights are shared by all
+/// sessions.
+#[derive(Clone)]
+pub struct Pair {
+    target: Model,
+    draft: Option<Model>,
+    tokenizer: Tokenizer,
+    load_seconds: f64,
+}
+
+impl Pair {
+    /// Opens a target file and, for strategies that draft, a draft file.
+    ///
+    /// `progress` is told bytes done and bytes in all, and stops the loading by returning false.
+    ///
+    /// # Errors
+    /// A file cannot be read or run; [`Error::Vocabulary`] if the draft's tokens differ;
+    /// [`Error::Cancelled`].
+    pub fn open(
+        target: impl AsRef<Path>,
+        draft: Option<impl AsRef<Path>>,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Self> {
+        let draft = draft.map(Gguf::open).transpose()?;
+        Self::from_files(Gguf::open(target)?, draft, options, progress)
+    }
+
+    /// The pair that is part of the program, without its draft if `with_draft` is false.
+    ///
+    /// # Errors
+    /// As [`Pair::open`]; [`Error::Invalid`] if the program was built without it.
+    pub fn builtin(
+        with_draft: bool,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Self> {
+        let target = builtin_file("target")?;
+        let draft = with_draft.then(|| builtin_file("draft")).transpose()?;
+        Self::from_files(target, draft, options, progress)
+    }
+
+    /// A pair from open files.
+    ///
+    /// # Errors
+    /// As [`Pair::open`].
+    pub fn from_files(
+        target: Gguf,
+        draft: Option<Gguf>,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        // Vocabularies first: a pair that does not fit is refused before gigabytes are read.
+        let tokenizer = Tokenizer::from_gguf(&target)?;
+        if let Some(draft) = &draft {
+            tokenizer.check_draft(&Tokenizer::from_gguf(draft)?)?;
+        }
+        let device = options.device()?;
+        let weights = |file: &Gguf| file.tensors().map(|t| t.bytes.len() as u64).sum::<u64>();
+        let (first, total) = (weights(&target), weights(&target) + draft.as_ref().map_or(0, weights));
+        let target =
+            Model::load(Arc::new(target), &device, &mut |done, _| progress(done, total))?;
+        let draft = draft
+            .map(|file| {
+                Model::load(Arc::new(file), &device, &mut |done, _| progress(first + done, total))
+            })
+            .transpose()?;
+        Ok(Pair { target, draft, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
+    }
+
+    /// The large model, whose text it is.
+    pub fn target(&self) -> &Model {
+        &self.target
+    }
+
+    /// The small model that proposes tokens, if there is one.
+    pub fn draft(&self) -> Option<&Model> {
+        self.draft.as_ref()
+    }
+
+    /// The vocabulary of both.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Seconds that loading took.
+    pub fn load_seconds(&self) -> f64 {
+        self.load_seconds
+    }
+
+    /// A new session with empty caches.
+    pub fn session(&self, options: &SessionOptions) -> Session {
+        Session::new(self, options)
+    }
+}
+
+/// A file of the built-in pair: `target` or `draft`.
+///
+/// # Errors
+/// [`Error::Invalid`] for another name, or if the program was built without the pair.
+pub fn builtin_file(name: &str) -> Result<Gguf> {
+    #[cfg(feature = "builtin-pair")]
+    {
+        /// Aligned like a mapped file.
+        #[repr(C, align(64))]
+        struct Aligned<T: ?Sized>(T);
+        static TARGET: &Aligned<[u8]> = &Aligned(*include_bytes!("../models/target.gguf"));
+        static DRAFT: &Aligned<[u8]> = &Aligned(*include_bytes!("../models/draft.gguf"));
+        match name {
+            "target" => Gguf::from_static("builtin:target", &TARGET.0),
+            "draft" => Gguf::from_static("builtin:draft", &DRAFT.0),
+            _ => Err(Error::invalid(format!(
+                "there is no built-in model `{name}`; there are `target` and `draft`"
+            ))),
+        }
+    }
+    #[cfg(not(feature = "builtin-pair"))]
+    Err(Error::invalid(format!(
+        "this program was built without the built-in pair (`builtin:{name}`); name a file with --model"
+    )))
+}
