@@ -29,8 +29,7 @@ fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
 
 #[test]
 fn golden_logits_within_the_contract_on_every_instruction_set() {
-    let Some(shared) = shared() else { return };
-    let golden = shared.join("vectors/golden");
+    let Some(golden) = shared("vectors/golden") else { return };
     let index = std::fs::read_to_string(golden.join("index.json")).unwrap();
     let index: serde_json::Value = serde_json::from_str(&index).unwrap();
     let mut seen = 0;

@@ -1,26 +1,91 @@
-//! What the tests share.
-#![allow(dead_code)]
+//! What several tests need: where the reference data lie, numpy files, small vocabularies.
+#![allow(dead_code, missing_docs)] // Every test uses a part of it.
 
 use std::path::{Path, PathBuf};
 
-/// The folder of reference data: the environment variable `MTAD_SHARED`, or `../shared` beside the
-/// project. Without it a test says so and is skipped; with CI=true that is a failure.
-pub fn shared() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = match std::env::var_os("MTAD_SHARED") {
-        Some(folder) => PathBuf::from(folder),
-        None => root.join("../shared"),
+use mtad::gguf::{Gguf, OwnedValue, Writer};
+
+/// A file or folder of the reference data: below `MTAD_SHARED`, or else below `../shared` beside
+/// the package. `None`, with a line that says so, where there is none; in CI that is a failure.
+pub fn shared(path: &str) -> Option<PathBuf> {
+    let root = match std::env::var_os("MTAD_SHARED") {
+        Some(root) => PathBuf::from(root),
+        None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"),
     };
-    if folder.is_dir() {
-        return Some(folder);
+    let path = root.join(path);
+    if path.exists() {
+        return Some(path);
     }
-    assert!(
-        std::env::var("CI").as_deref() != Ok("true"),
-        "CI=true, and there is no reference data at {}",
-        folder.display()
-    );
-    println!("skipped: no reference data at {}", folder.display());
+    let why = format!("{} is not there; MTAD_SHARED names the reference data", path.display());
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "{why}");
+    eprintln!("skipped: {why}");
     None
+}
+
+/// Token types as GGUF numbers them.
+pub const NORMAL: i32 = 1;
+pub const UNKNOWN: i32 = 2;
+pub const CONTROL: i32 = 3;
+pub const USER_DEFINED: i32 = 4;
+pub const BYTE: i32 = 6;
+
+/// A SentencePiece vocabulary: `<unk>`, `<s>`, `</s>`, the 256 bytes, then `pieces` with scores
+/// 0, -1, -2 ... The first piece has id 259.
+pub fn sentencepiece(pieces: &[&str]) -> Writer {
+    let mut tokens = vec!["<unk>".to_owned(), "<s>".to_owned(), "</s>".to_owned()];
+    let mut types = vec![UNKNOWN, CONTROL, CONTROL];
+    let mut scores = vec![0.0; 3 + 256];
+    tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+    types.extend([BYTE; 256]);
+    for (rank, piece) in pieces.iter().enumerate() {
+        tokens.push((*piece).to_owned());
+        types.push(NORMAL);
+        scores.push(-(rank as f32));
+    }
+    let mut writer = Writer::new();
+    writer
+        .set("general.architecture", "llama")
+        .set("tokenizer.ggml.model", "llama")
+        .set("tokenizer.ggml.tokens", OwnedValue::Strings(tokens))
+        .set("tokenizer.ggml.scores", OwnedValue::F32s(scores))
+        .set("tokenizer.ggml.token_type", OwnedValue::I32s(types))
+        .set("tokenizer.ggml.bos_token_id", 1u32)
+        .set("tokenizer.ggml.eos_token_id", 2u32)
+        .set("tokenizer.ggml.unknown_token_id", 0u32);
+    writer
+}
+
+/// A byte-level vocabulary: the printable ASCII characters, `Ġ` for the space, what `merges`
+/// make, then `<|endoftext|>`, which begins and ends texts.
+pub fn byte_level(pre: &str, merges: &[&str]) -> Writer {
+    let mut tokens: Vec<String> = (b'!'..=b'~').map(|byte| char::from(byte).to_string()).collect();
+    tokens.push("Ġ".to_owned());
+    tokens.extend(merges.iter().map(|merge| merge.replace(' ', "")));
+    let mut types = vec![NORMAL; tokens.len()];
+    let end = tokens.len() as u32;
+    tokens.push("<|endoftext|>".to_owned());
+    types.push(CONTROL);
+    let mut writer = Writer::new();
+    writer
+        .set("general.architecture", "gpt2")
+        .set("tokenizer.ggml.model", "gpt2")
+        .set("tokenizer.ggml.pre", pre)
+        .set("tokenizer.ggml.tokens", OwnedValue::Strings(tokens))
+        .set("tokenizer.ggml.token_type", OwnedValue::I32s(types))
+        .set("tokenizer.ggml.merges", strings(merges))
+        .set("tokenizer.ggml.bos_token_id", end)
+        .set("tokenizer.ggml.eos_token_id", end);
+    writer
+}
+
+/// A metadata array of strings.
+pub fn strings(texts: &[&str]) -> OwnedValue {
+    OwnedValue::Strings(texts.iter().map(|text| (*text).to_owned()).collect())
+}
+
+/// The file in memory, as a reader sees it.
+pub fn gguf(writer: &Writer) -> Gguf {
+    Gguf::from_vec("test.gguf", writer.to_vec()).expect("the writer writes sound files")
 }
 
 /// The elements of a numpy file of `<f8` or `<f4`.
