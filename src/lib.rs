@@ -4,5 +4,6 @@ pub mod error;
 pub mod gguf;
 pub mod model;
 pub mod quant;
+pub mod sampling;
 
 pub use error::{Error, Result};
