@@ -1,5 +1,6 @@
 //! Multi-token joint decoding on pairs of quantized GGUF models.
 
+pub mod decode;
 pub mod error;
 pub mod gguf;
 pub mod model;
