@@ -1,10 +1,62 @@
 //! Multi-token joint decoding on pairs of quantized GGUF models.
+//!
+//! A *pair* is a large target model and a small draft model with one vocabulary. The draft
+//! proposes tokens by their joint likelihood, the target scores all of them in one pass, and the
+//! longest prefix whose joint likelihood ratio clears a threshold is accepted (MTAD; Qin et al.,
+//! ICLR 2025, arXiv 2407.09722).
+//!
+//! ```
+//! # #[cfg(feature = "builtin-pair")] {
+//! use mtad::{LoadOptions, Pair, Request, SessionOptions};
+//!
+//! let pair = Pair::builtin(true, &LoadOptions::default(), &mut |_, _| true)?;
+//! let mut session = pair.session(&SessionOptions::default());
+//! let request = Request { max_tokens: Some(20), ..Request::default() };
+//! for piece in session.generate("Once upon a time", &request)? {
+//!     print!("{}", piece?.text);
+//! }
+//! # }
+//! # Ok::<(), mtad::Error>(())
+//! ```
+//!
+//! # The map of the house
+//!
+//! Data flows one way: a file becomes weights on a backend, a prompt becomes tokens, rounds of a
+//! decoder turn tokens into more tokens, and those become text.
+//!
+//! | module | what is there | may import |
+//! |---|---|---|
+//! | [`error`] | the one error type | nothing |
+//! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
+//! | [`gguf`] | model files: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
+//! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
+//! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `quant`, `gguf` |
+//! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures over a backend | `error`, `gguf`, `quant`, `backend` |
+//! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
+//! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
+//! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
+//! | `cli` | the command line, over the facade | everything |
+//!
+//! A test holds these rules. `unsafe` appears only in the CPU kernels and in the memory map.
+//!
+//! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
+//! cross-checks it in the tests.
 
 pub mod backend;
+pub mod cli;
+pub mod decode;
 pub mod error;
+pub mod generation;
 pub mod gguf;
 pub mod model;
+pub mod pair;
 pub mod quant;
+pub mod sampling;
 pub mod tokenizer;
 
+pub use decode::{Settings, Strategy};
 pub use error::{Error, Result};
+pub use generation::{Generation, Piece, Request, Session, StopReason};
+pub use model::SessionOptions;
+pub use pair::{LoadOptions, Pair};
+pub use sampling::Warp;

@@ -218,7 +218,7 @@ impl BlockType {
     pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) {
         let (len, bytes) = (self.block_len(), self.block_bytes());
         assert!(
-            out.len() % len == 0 && blocks.len() == out.len() / len * bytes,
+            out.len().is_multiple_of(len) && blocks.len() == out.len() / len * bytes,
             "{self}: {} weights in {} bytes",
             out.len(),
             blocks.len()

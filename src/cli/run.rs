@@ -1,0 +1,344 @@
+//! `mtad run`: generates text after a prompt.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{DeviceArgs, loading_bar, open_model, print_line, read_text, stdout_error};
+use crate::backend::CacheType;
+use crate::decode::{Phase, Settings, Strategy};
+use crate::error::{Error, Result};
+use crate::generation::{Generation, Request, StopReason};
+use crate::model::SessionOptions;
+use crate::pair::Pair;
+use crate::sampling::Warp;
+
+/// Generate text after a prompt
+///
+/// Without --model this runs the built-in pair of small story models. The prompt is the argument,
+/// or --file, or standard input.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The text to go on from
+    prompt: Option<String>,
+
+    /// Read the prompt from a file
+    #[arg(long, short, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
+
+    /// The target model, a GGUF file [default: the built-in pair]
+    #[arg(long, short, value_name = "GGUF")]
+    model: Option<PathBuf>,
+
+    /// The draft model, a GGUF file with the target's vocabulary
+    #[arg(long, short, value_name = "GGUF", requires = "model")]
+    draft: Option<PathBuf>,
+
+    /// How tokens are chosen: greedy, sample, speculative or mtad [default: mtad with a draft,
+    /// sample without]
+    #[arg(long, short, value_name = "NAME")]
+    strategy: Option<Strategy>,
+
+    /// The most tokens to generate
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+
+    /// Divide logits by this before drawing; 0 takes the most probable token
+    #[arg(long, value_name = "X", default_value_t = Warp::default().temperature)]
+    temperature: f32,
+
+    /// Draw from the K most probable tokens only; 0 is off
+    #[arg(long, value_name = "K", default_value_t = Warp::default().top_k)]
+    top_k: usize,
+
+    /// Draw from the most probable tokens that together have this probability; 1 is off
+    #[arg(long, value_name = "P", default_value_t = Warp::default().top_p)]
+    top_p: f32,
+
+    /// Drop tokens less probable than this times the most probable one; 0 is off
+    #[arg(long, value_name = "P", default_value_t = Warp::default().min_p)]
+    min_p: f32,
+
+    /// Make tokens of the last 64 less probable by this factor; 1 is off
+    #[arg(long, value_name = "R", default_value_t = Warp::default().repeat_penalty)]
+    repeat_penalty: f32,
+
+    /// Seed of all draws: the same seed gives the same text [default: from the clock]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// Tokens that the draft proposes per round
+    #[arg(long, value_name = "G", default_value_t = DEFAULT_GAMMA)]
+    gamma: usize,
+
+    /// Beams that the draft proposes them with (mtad)
+    #[arg(long, value_name = "W", default_value_t = DEFAULT_BEAM_WIDTH)]
+    beam_width: usize,
+
+    /// Accept blocks whose joint probability ratio, target to draft, is above this (mtad): higher
+    /// is closer to the target, lower is faster
+    #[arg(long, value_name = "T", default_value_t = DEFAULT_TAU)]
+    tau: f64,
+
+    /// Draw beams with replacement (mtad)
+    #[arg(long)]
+    with_replacement: bool,
+
+    /// End the text where this appears; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+
+    /// Take names of control tokens in the prompt, such as </s>, for those tokens
+    #[arg(long)]
+    special: bool,
+
+    /// How keys and values are kept
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = ["f16", "f32"])]
+    cache_type: String,
+
+    /// Do not print the prompt before the text
+    #[arg(long)]
+    no_echo: bool,
+
+    /// Print to standard error what happened: rounds, acceptance, speed, time by phase
+    #[arg(long)]
+    stats: bool,
+
+    /// Score the text: its perplexity under the target, before any warping
+    #[arg(long)]
+    score: bool,
+
+    /// Print one line of JSON instead of text
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+const DEFAULT_GAMMA: usize = 4;
+const DEFAULT_BEAM_WIDTH: usize = 4;
+const DEFAULT_TAU: f64 = 0.1;
+
+impl RunArgs {
+    fn strategy(&self) -> Strategy {
+        let has_draft = self.model.is_none() || self.draft.is_some();
+        self.strategy.unwrap_or(if has_draft { Strategy::Mtad } else { Strategy::Sample })
+    }
+
+    fn request(&self, strategy: Strategy, seed: u64, cancel: &Arc<AtomicBool>) -> Request {
+        Request {
+            settings: Settings {
+                strategy,
+                gamma: self.gamma,
+                beam_width: self.beam_width,
+                tau: self.tau,
+                with_replacement: self.with_replacement,
+                warp: Warp {
+                    temperature: self.temperature,
+                    top_k: self.top_k,
+                    top_p: self.top_p,
+                    min_p: self.min_p,
+                    repeat_penalty: self.repeat_penalty,
+                    ..Warp::default()
+                },
+                seed,
+                score: self.score,
+            },
+            max_tokens: Some(self.max_tokens),
+            stop: self.stop.clone(),
+            special: self.special,
+            cancel: cancel.clone(),
+        }
+    }
+
+    /// Loads the pair, without a draft where the strategy has no use for one.
+    fn load(&self, strategy: Strategy) -> Result<Pair> {
+        let options = self.device.load_options();
+        let mut bar = loading_bar();
+        let Some(model) = &self.model else {
+            return Pair::builtin(strategy.needs_draft(), &options, &mut bar);
+        };
+        let draft = match &self.draft {
+            Some(draft) if strategy.needs_draft() => Some(open_model(draft)?),
+            None if strategy.needs_draft() => {
+                return Err(Error::invalid(format!(
+                    "strategy {strategy} needs a draft model: name one with --draft, or use greedy or sample"
+                )));
+            }
+            _ => None,
+        };
+        Pair::from_files(open_model(model)?, draft, &options, &mut bar)
+    }
+}
+
+/// A seed that differs from run to run.
+fn clock_seed() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64 % 1_000_000_000
+}
+
+pub(super) fn run(args: &RunArgs) -> Result<()> {
+    let strategy = args.strategy();
+    let seed = args.seed.unwrap_or_else(clock_seed);
+    let cancel = Arc::new(AtomicBool::new(false));
+    let request = args.request(strategy, seed, &cancel);
+    request.validate()?;
+    let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
+    let pair = args.load(strategy)?;
+    let trained = pair.target().shape().context;
+    if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
+        eprintln!("mtad: --ctx-size {wanted} is beyond the {trained} that the model was trained for");
+    }
+    watch_for_interrupts(cancel);
+
+    let mut session = pair.session(&SessionOptions {
+        context: args.device.context(),
+        cache_type: if args.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
+    });
+    let start = Instant::now();
+    let mut out = io::stdout().lock();
+    let mut show = |text: &str| {
+        if args.json {
+            return Ok(());
+        }
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(stdout_error)
+    };
+    if !args.no_echo {
+        show(&prompt)?;
+    }
+    let mut generation = session.generate(&prompt, &request)?;
+    let mut text = String::new();
+    // (A loop over `by_ref`, so that the generation is still there for its report.)
+    for piece in generation.by_ref() {
+        let piece = piece?;
+        show(&piece.text)?;
+        text.push_str(&piece.text);
+    }
+    show("\n")?;
+    drop(out);
+
+    let report = Report { generation: &generation, pair: &pair, strategy, seed, total: start.elapsed().as_secs_f64() };
+    if args.json {
+        print_line(report.json(&text, args.score))?;
+    }
+    if args.stats {
+        report.print();
+    }
+    Ok(())
+}
+
+/// The first Ctrl-C ends the generation, which is then reported as usual; a second one ends the
+/// program.
+fn watch_for_interrupts(cancel: Arc<AtomicBool>) {
+    let watch = move || {
+        if cancel.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    };
+    if let Err(error) = ctrlc::set_handler(watch) {
+        eprintln!("mtad: Ctrl-C will end the program at once: {error}");
+    }
+}
+
+/// What a finished generation has to say.
+struct Report<'a> {
+    generation: &'a Generation<'a>,
+    pair: &'a Pair,
+    strategy: Strategy,
+    seed: u64,
+    total: f64,
+}
+
+/// A rate, if there was time to measure one.
+fn per_second(count: usize, seconds: f64) -> Option<f64> {
+    (count > 0 && seconds > 0.0).then(|| count as f64 / seconds)
+}
+
+impl Report<'_> {
+    fn stop(&self) -> StopReason {
+        self.generation.stop_reason().unwrap_or(StopReason::Interrupt)
+    }
+
+    fn tokens_per_second(&self) -> Option<f64> {
+        per_second(self.generation.tokens().len(), self.generation.generating_seconds())
+    }
+
+    fn prompt_tokens_per_second(&self) -> Option<f64> {
+        let seconds = self.generation.seconds(Phase::Prefill);
+        per_second(self.generation.prefill().evaluated, seconds)
+    }
+
+    fn json(&self, text: &str, score: bool) -> serde_json::Value {
+        let g = self.generation;
+        let s = g.statistics();
+        let mut seconds = json!({"load": self.pair.load_seconds(), "total": self.total});
+        for phase in Phase::ALL {
+            seconds[phase.to_string()] = g.seconds(phase).into();
+        }
+        let mut out = json!({
+            "text": text,
+            "token_ids": g.tokens(),
+            "tokens": g.tokens().len(),
+            "prompt_tokens": g.prompt_tokens(),
+            "strategy": self.strategy.to_string(),
+            "rounds": s.rounds(),
+            "drafted": s.drafted(),
+            "accepted": s.accepted(),
+            "acceptance_rate": s.acceptance_rate(),
+            "acceptance_by_depth": s.acceptance_by_depth(),
+            "block_efficiency": s.block_efficiency(),
+            "min_joint_ratio": s.min_ratio(),
+            "tokens_per_second": self.tokens_per_second(),
+            "prompt_tokens_per_second": self.prompt_tokens_per_second(),
+            "seconds": seconds,
+            "seed": self.seed,
+            "stop": self.stop().name(),
+            "device": self.pair.target().device().describe(),
+        });
+        if score {
+            out["perplexity"] = g.perplexity().into();
+        }
+        out
+    }
+
+    /// For people, on standard error.
+    fn print(&self) {
+        let g = self.generation;
+        let s = g.statistics();
+        let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"));
+        eprintln!();
+        eprintln!("strategy          {} (seed {})", self.strategy, self.seed);
+        eprintln!("device            {}", self.pair.target().device().describe());
+        eprintln!(
+            "tokens            {} prompt + {} generated, ended by {}",
+            g.prompt_tokens(),
+            g.tokens().len(),
+            self.stop().name()
+        );
+        eprintln!("rounds            {}", s.rounds());
+        if let Some(acceptance) = s.acceptance_rate() {
+            eprintln!("drafted           {}", s.drafted());
+            eprintln!("accepted          {} ({:.1}%)", s.accepted(), 100.0 * acceptance);
+            let depths = s.acceptance_by_depth();
+            let depths: Vec<_> = depths.iter().map(|a| format!("{:.0}%", 100.0 * a)).collect();
+            eprintln!("  by depth        {}", depths.join(" "));
+        }
+        eprintln!("block efficiency  {:.3} tokens per target pass", s.block_efficiency());
+        if let (Strategy::Mtad, Some(ratio)) = (self.strategy, s.min_ratio()) {
+            eprintln!("joint ratio       at least {ratio:.4} in every accepted block");
+        }
+        if let Some(perplexity) = g.perplexity() {
+            eprintln!("perplexity        {perplexity:.3} under the target");
+        }
+        eprintln!("tokens/s          {}", rate(self.tokens_per_second()));
+        eprintln!("prompt tokens/s   {}", rate(self.prompt_tokens_per_second()));
+        let phases = Phase::ALL.map(|phase| format!("{phase} {:.3}", g.seconds(phase)));
+        eprintln!("seconds           load {:.3}, {}", self.pair.load_seconds(), phases.join(", "));
+    }
+}

@@ -1,0 +1,255 @@
+//! The driver of a session's decoding: it owns the text and commits what rounds decide.
+
+use std::fmt;
+
+use super::{Algorithm, Autoregressive, Block, Models, Phase, Round, Settings, Statistics};
+use super::{Strategy, Timeline, draft_of};
+use crate::error::{Error, Result};
+use crate::model::lm::{Lm, Token, extend};
+use crate::sampling::Rng;
+
+/// A text that grows by blocks.
+///
+/// The models are lent to each call, and always the same ones; between calls each model's line is
+/// a prefix of the text and shorter than it. A prompt is given to [`Decoding::start`], after that
+/// each [`Decoding::next_block`] adds tokens. Whoever wants fewer than a block holds calls
+/// [`Decoding::truncate_text`]. Another `start` begins another text and keeps what both share.
+pub struct Decoding {
+    settings: Settings,
+    algorithm: Box<dyn Algorithm>,
+    /// For rounds for whose draft the context has no room.
+    plain: Autoregressive,
+    text: Vec<Token>,
+    prompt_len: usize,
+    scores: Vec<f64>,
+    rng: Rng,
+    statistics: Statistics,
+    timeline: Timeline,
+    block: Block,
+}
+
+/// What evaluating a prompt took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefill {
+    /// Tokens that the target had evaluated before.
+    pub reused: usize,
+    /// Tokens that the target evaluated now. The prompt's last token waits for the first round.
+    pub evaluated: usize,
+}
+
+impl Decoding {
+    /// A decoding with no text.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for settings outside their ranges.
+    pub fn new(settings: Settings) -> Result<Self> {
+        let settings = checked(settings)?;
+        Ok(Decoding {
+            algorithm: settings.strategy.algorithm(),
+            plain: Autoregressive::default(),
+            text: Vec::new(),
+            prompt_len: 0,
+            scores: Vec::new(),
+            rng: Rng::new(settings.seed),
+            statistics: Statistics::default(),
+            timeline: Timeline::default(),
+            block: Block::default(),
+            settings,
+        })
+    }
+
+    /// Changes the settings and begins the seed's numbers anew. The text stays, so that the next
+    /// prompt can share its beginning.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for settings outside their ranges; nothing has changed then.
+    pub fn configure(&mut self, settings: Settings) -> Result<()> {
+        self.settings = checked(settings)?;
+        self.algorithm = self.settings.strategy.algorithm();
+        self.rng = Rng::new(self.settings.seed);
+        Ok(())
+    }
+
+    /// The settings. Those of `greedy` have temperature 0, whatever was asked for.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Prompt and generated tokens.
+    pub fn text(&self) -> &[Token] {
+        &self.text
+    }
+
+    /// The generated tokens.
+    pub fn generated(&self) -> &[Token] {
+        &self.text[self.prompt_len..]
+    }
+
+    /// ln p under the unwarped target of each generated token; empty unless scores are wanted.
+    pub fn scores(&self) -> &[f64] {
+        &self.scores
+    }
+
+    /// Counts since the last [`Decoding::start`].
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// Times since the last [`Decoding::start`].
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// The timeline, to listen to it.
+    pub fn timeline_mut(&mut self) -> &mut Timeline {
+        &mut self.timeline
+    }
+
+    /// Begins a text: evaluates all but the last token of the prompt, except what the models hold
+    /// of it already. Statistics and times begin anew, the generator goes on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an empty prompt or a missing draft, [`Error::ContextFull`] for a
+    /// prompt that the target has no room for (a draft that has none is not used); nothing has
+    /// changed then. What the models report.
+    pub fn start(&mut self, models: &mut Models<'_>, prompt: &[Token]) -> Result<Prefill> {
+        let drafts = self.settings.strategy.needs_draft();
+        if drafts {
+            draft_of(models, self.settings.strategy)?;
+        }
+        let Some(last) = prompt.len().checked_sub(1) else {
+            return Err(Error::invalid("the prompt is empty; give it at least one token"));
+        };
+        let capacity = models.target.capacity();
+        if prompt.len() > capacity {
+            return Err(Error::ContextFull { wanted: prompt.len(), capacity });
+        }
+        self.timeline.reset();
+        self.timeline.enter(Phase::Prefill);
+        let shared = self.text.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        // A draft that is not used now keeps what it has, so both are cut before either grows.
+        shorten(models, shared.min(last))?;
+        self.text.clear();
+        self.text.extend_from_slice(prompt);
+        self.prompt_len = prompt.len();
+        self.scores.clear();
+        self.statistics = Statistics::default();
+
+        let reused = models.target.committed();
+        let mut filled = fill(models.target, &prompt[..last]);
+        if let Some(draft) = &mut models.draft
+            && filled.is_ok()
+            && drafts
+            && prompt.len() <= draft.capacity()
+        {
+            filled = fill(&mut **draft, &prompt[..last]);
+        }
+        self.timeline.stop();
+        filled.map(|()| Prefill { reused, evaluated: last - reused })
+    }
+
+    /// Does one round and adds its tokens to the text. `None`: the context is full.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] before a start or without the draft that the strategy needs; what the
+    /// models report. The text is as before then, and the models' lines are prefixes of it.
+    pub fn next_block(&mut self, models: &mut Models<'_>) -> Result<Option<&Block>> {
+        let len = self.text.len();
+        if len == 0 {
+            return Err(Error::invalid("there is no text to go on with; start with a prompt"));
+        }
+        // The pending token is evaluated in any case, at position len - 1.
+        let Some(room) = models.target.capacity().checked_sub(len) else {
+            return Ok(None);
+        };
+        let mut gamma = 0;
+        if self.settings.strategy.needs_draft() {
+            // The draft does not evaluate the last token it drafts.
+            let draft = draft_of(models, self.settings.strategy)?;
+            let draft_room = draft.capacity().saturating_add(1).saturating_sub(len);
+            gamma = self.settings.gamma.min(room).min(draft_room);
+        }
+        self.block.clear();
+        let algorithm = if gamma == 0 { &mut self.plain } else { &mut *self.algorithm };
+        let mut round = Round {
+            models: models.reborrow(),
+            text: &self.text,
+            settings: &self.settings,
+            gamma,
+            rng: &mut self.rng,
+            timeline: &mut self.timeline,
+        };
+        let done = algorithm.round(&mut round, &mut self.block).and_then(|kept| {
+            round.models.target.keep(kept.target)?;
+            match &mut round.models.draft {
+                Some(draft) => draft.keep(kept.draft),
+                None => Ok(()),
+            }
+        });
+        self.timeline.stop();
+        if let Err(error) = done {
+            // The first error says more than one on the way back would.
+            let _ = shorten(models, len - 1);
+            return Err(error);
+        }
+        self.text.extend_from_slice(&self.block.tokens);
+        self.scores.extend_from_slice(&self.block.scores);
+        self.statistics.record(&self.block);
+        Ok(Some(&self.block))
+    }
+
+    /// Forgets all but the first `len` tokens of the text, in the models too: the end of a block
+    /// that was cut short by a stop.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the text is shorter or nothing would be left.
+    pub fn truncate_text(&mut self, models: &mut Models<'_>, len: usize) -> Result<()> {
+        if !(1..=self.text.len()).contains(&len) {
+            return Err(Error::invalid(format!(
+                "a text of {} tokens cannot be cut to {len}",
+                self.text.len()
+            )));
+        }
+        shorten(models, len - 1)?;
+        self.text.truncate(len);
+        self.prompt_len = self.prompt_len.min(len);
+        self.scores.truncate(len - self.prompt_len);
+        self.statistics.emitted = self.statistics.emitted.min((len - self.prompt_len) as u64);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Decoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Decoding")
+            .field("settings", &self.settings)
+            .field("text", &self.text)
+            .field("prompt_len", &self.prompt_len)
+            .field("statistics", &self.statistics)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The settings, if they are within their ranges, with what the strategy implies.
+fn checked(mut settings: Settings) -> Result<Settings> {
+    settings.validate()?;
+    if settings.strategy == Strategy::Greedy {
+        settings.warp.temperature = 0.0;
+    }
+    Ok(settings)
+}
+
+/// Cuts the models' lines to at most `len` rows and empties their trees.
+fn shorten(models: &mut Models<'_>, len: usize) -> Result<()> {
+    let target = models.target.truncate(models.target.committed().min(len));
+    if let Some(draft) = &mut models.draft {
+        draft.truncate(draft.committed().min(len))?;
+    }
+    target
+}
+
+/// Evaluates and commits what of `tokens` is not in the line.
+fn fill(lm: &mut dyn Lm, tokens: &[Token]) -> Result<()> {
+    let done = lm.committed();
+    extend(lm, &tokens[done..])
+}

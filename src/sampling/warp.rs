@@ -1,0 +1,183 @@
+//! How logits become probabilities: the settings.
+
+use crate::error::{Error, Result};
+use crate::model::lm::{Token, Want};
+
+/// Above this many survivors a whole row of logits is read rather than its largest.
+const MOST_READ_AS_TOP: usize = 256;
+
+/// Settings of the warping, applied in the order of the fields: penalty, temperature, top-k,
+/// top-p, min-p. The default changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Warp {
+    /// Divides positive logits, and multiplies others, of tokens that occur among the last
+    /// [`repeat_last_n`](Warp::repeat_last_n) of the row's own path (Keskar et al. 2019, with
+    /// llama.cpp's treatment of the sign). 1 is off.
+    pub repeat_penalty: f32,
+    /// How many tokens back the penalty looks.
+    pub repeat_last_n: usize,
+    /// Divides the logits. 0 takes the largest logit (ties: the smaller token).
+    pub temperature: f32,
+    /// Keeps this many of the most probable tokens (ties: smaller tokens). 0 is off.
+    pub top_k: usize,
+    /// Keeps the most probable of what top-k left, renormalised, until their sum reaches this;
+    /// the token that crosses it is kept (Holtzman et al. 2020). 1 is off.
+    pub top_p: f32,
+    /// Keeps tokens at least this share as probable as the most probable. 0 is off.
+    pub min_p: f32,
+}
+
+impl Default for Warp {
+    fn default() -> Self {
+        Warp {
+            repeat_penalty: 1.0,
+            repeat_last_n: 64,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+        }
+    }
+}
+
+impl Warp {
+    /// Refuses settings outside their ranges.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the setting's name, its range and what was found.
+    pub fn validate(&self) -> Result<()> {
+        let fine = |ok: bool, name: &str, range: &str, found: f32| {
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::invalid(format!("{name} must be {range}, not {found}")))
+            }
+        };
+        fine(
+            self.temperature.is_finite() && self.temperature >= 0.0,
+            "temperature",
+            "0 (greedy) or more",
+            self.temperature,
+        )?;
+        fine(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "top-p",
+            "above 0 and at most 1 (off)",
+            self.top_p,
+        )?;
+        fine((0.0..=1.0).contains(&self.min_p), "min-p", "from 0 (off) to 1", self.min_p)?;
+        fine(
+            self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0,
+            "repeat-penalty",
+            "above 0 (1 is off)",
+            self.repeat_penalty,
+        )
+    }
+
+    /// Whether the most probable token is always taken.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// The warping of the draft: the same, as ratios of unequally warped distributions mean
+    /// nothing. Only when the target is greedy is the draft left unwarped but for the penalty,
+    /// so that its probabilities still rank candidates.
+    pub fn for_draft(&self) -> Warp {
+        if self.is_greedy() {
+            Warp {
+                repeat_penalty: self.repeat_penalty,
+                repeat_last_n: self.repeat_last_n,
+                ..Warp::default()
+            }
+        } else {
+            *self
+        }
+    }
+
+    /// The least that a model must return for [`super::Distribution::fill`] to be exact. `whole`:
+    /// the model's rows have no entries beyond the vocabulary in use. `largest`: only so many of
+    /// the most probable tokens are going to be looked at, if that is known.
+    pub fn want(&self, whole: bool, largest: Option<usize>) -> Want<'static> {
+        let unwarped =
+            self.temperature == 1.0 && self.top_k == 0 && self.top_p == 1.0 && self.min_p == 0.0;
+        let k = match largest {
+            _ if self.is_greedy() => 1,
+            Some(k) if unwarped => k,
+            _ => self.top_k,
+        };
+        // A penalty may change which tokens are the largest.
+        if whole && self.repeat_penalty == 1.0 && (1..=MOST_READ_AS_TOP).contains(&k) {
+            // Renormalised survivors need no log-sum-exp; scores need it, at temperature 1.
+            Want::Top { k, temperature: 1.0 }
+        } else {
+            Want::Logits
+        }
+    }
+}
+
+/// The tokens that lead to a row and include its own: the text, then a branch of the tree.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Path<'a> {
+    /// The text so far.
+    pub text: &'a [Token],
+    /// Drafted tokens after it.
+    pub branch: &'a [Token],
+}
+
+impl Path<'_> {
+    /// The different tokens among the last `n`, in `into`.
+    pub(super) fn recent(&self, n: usize, into: &mut Vec<Token>) {
+        into.clear();
+        into.extend(self.branch.iter().rev().chain(self.text.iter().rev()).take(n));
+        into.sort_unstable();
+        into.dedup();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_the_setting() {
+        let neutral = Warp::default();
+        assert!(neutral.validate().is_ok());
+        for (warp, name) in [
+            (Warp { temperature: -0.1, ..neutral }, "temperature"),
+            (Warp { temperature: f32::NAN, ..neutral }, "temperature"),
+            (Warp { top_p: 0.0, ..neutral }, "top-p"),
+            (Warp { top_p: 1.1, ..neutral }, "top-p"),
+            (Warp { min_p: -0.1, ..neutral }, "min-p"),
+            (Warp { repeat_penalty: 0.0, ..neutral }, "repeat-penalty"),
+            (Warp { repeat_penalty: f32::INFINITY, ..neutral }, "repeat-penalty"),
+        ] {
+            let message = warp.validate().unwrap_err().to_string();
+            assert!(message.starts_with(name), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_row_returns_no_more_than_is_needed() {
+        let neutral = Warp::default();
+        let top = |k| Want::Top { k, temperature: 1.0 };
+        let greedy = Warp { temperature: 0.0, ..neutral };
+        assert_eq!(greedy.want(true, None), top(1));
+        assert_eq!(greedy.want(false, None), Want::Logits);
+        assert_eq!(greedy.for_draft().want(true, Some(4)), top(4));
+        assert_eq!(neutral.want(true, None), Want::Logits);
+        assert_eq!(Warp { top_k: 40, temperature: 0.7, ..neutral }.want(true, None), top(40));
+        let penalised = Warp { repeat_penalty: 1.1, ..greedy };
+        assert_eq!(penalised.want(true, None), Want::Logits);
+        assert_eq!(penalised.for_draft().repeat_penalty, 1.1);
+    }
+
+    #[test]
+    fn the_path_ends_with_the_branch() {
+        let path = Path { text: &[1, 2, 3, 3], branch: &[9, 3] };
+        let mut recent = Vec::new();
+        path.recent(4, &mut recent);
+        assert_eq!(recent, [3, 9]);
+        path.recent(100, &mut recent);
+        assert_eq!(recent, [1, 2, 3, 9]);
+    }
+}
