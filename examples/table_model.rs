@@ -7,6 +7,7 @@
 //! rounds, and `nll` the mean over sequences of the mean negative log-likelihood (in nats) of a
 //! generated token under the unwarped target; `_se` are standard errors over sequences.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -166,7 +167,9 @@ fn print_all(arguments: &Arguments) -> Result<()> {
                 sequences: arguments.sequences,
                 summary,
             };
-            println!("{}", serde_json::to_string(&line).expect("numbers and names are JSON"));
+            let json = serde_json::to_string(&line).expect("numbers and names are JSON");
+            writeln!(std::io::stdout(), "{json}")
+                .map_err(|error| Error::io("standard output", error))?;
         }
     }
     Ok(())

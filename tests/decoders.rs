@@ -326,6 +326,10 @@ fn every_accepted_block_clears_the_threshold_and_no_longer_one_would() {
             assert_eq!((drafted.len(), block.drafted), (settings.gamma, settings.gamma));
             assert_eq!(block.tokens.len(), block.accepted + 1);
             assert_eq!(block.tokens[..block.accepted], drafted[..block.accepted]);
+            // Nothing that a model has evaluated of the text is evaluated again.
+            assert_eq!(pair.target.committed(), before.len() + block.accepted);
+            let in_draft = block.accepted.min(settings.gamma - 1);
+            assert_eq!(pair.draft.committed(), before.len() + in_draft);
 
             // q stays unwarped, but for the penalty, where the target is greedy.
             let q_warp = if settings.warp.temperature > 0.0 {

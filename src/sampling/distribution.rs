@@ -123,12 +123,13 @@ impl Distribution {
         }
         if warp.top_p < 1.0 {
             // Tokens below this together have less than half of what may be left out, so the
-            // tokens above it reach top-p, and only those are sorted.
+            // tokens above it reach top-p, and of those mostly a few do.
             let total = sum(&self.weights);
             let least = 0.5 * (1.0 - f64::from(warp.top_p)) * total / self.weights.len() as f64;
             self.candidates.clear();
             let weights = (0..).zip(self.weights.iter().copied());
             self.candidates.extend(weights.filter(|&(_, w)| f64::from(w) >= least));
+            self.truncate_before_sorting(f64::from(warp.top_p) * total);
             self.candidates.sort_unstable_by(most_probable_first);
             self.truncate_candidates(warp, total);
             self.support_from_candidates(logits.len());
@@ -153,6 +154,20 @@ impl Distribution {
         }
         let total = self.candidates.iter().map(|c| f64::from(c.1)).sum();
         self.truncate_candidates(warp, total);
+    }
+
+    /// Leaves the candidates with the largest weights, as many as are sure to reach `mass`.
+    fn truncate_before_sorting(&mut self, mass: f64) {
+        let mut few = 64;
+        while few < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(few - 1, most_probable_first);
+            let reached: f64 = self.candidates[..few].iter().map(|c| f64::from(c.1)).sum();
+            // A little more, as sums in another order differ in the last places.
+            if reached >= mass * (1.0 + 1e-9) {
+                self.candidates.truncate(few);
+            }
+            few *= 8;
+        }
     }
 
     /// Top-p and min-p over the candidates' weights, largest first; `total` is the sum that top-p
@@ -473,6 +488,26 @@ mod tests {
         near(&probs(&d), &[0.4, 0.0, 0.3, 0.0, 0.0]);
         assert!((d.log_prob(2) - 0.3f64.ln()).abs() < 1e-6);
         assert_eq!(d.log_prob(4), f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn top_p_of_a_long_row_keeps_the_fewest_that_reach_it() {
+        let mut rng = Rng::new(2);
+        for (spread, top_p) in [(0.5, 0.5), (0.5, 0.99), (3.0, 0.9), (3.0, 0.999), (20.0, 0.9)] {
+            let logits: Vec<f32> = (0..5000).map(|_| (rng.uniform() * spread) as f32).collect();
+            let d = filled(&logits, &Warp { top_p, ..NEUTRAL }, Path::default());
+            let all = filled(&logits, &NEUTRAL, Path::default());
+            let mut order: Vec<Token> = (0..5000).collect();
+            order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+            let mut before = 0.0;
+            for token in order {
+                // Next to the border rounding may decide.
+                if (before - f64::from(top_p)).abs() > 1e-6 {
+                    assert_eq!(d.prob(token) > 0.0, before < f64::from(top_p), "{before}");
+                }
+                before += all.prob(token);
+            }
+        }
     }
 
     #[test]
