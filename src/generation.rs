@@ -160,7 +160,10 @@ pub struct Generation<'s> {
 }
 
 impl Generation<'_> {
-    fn with<R>(&mut self, f: impl FnOnce(&mut Decoding, &mut Models<'_>) -> Result<R>) -> Result<R> {
+    fn with<R>(
+        &mut self,
+        f: impl FnOnce(&mut Decoding, &mut Models<'_>) -> Result<R>,
+    ) -> Result<R> {
         let Session { target, draft, decoding, .. } = &mut *self.session;
         let decoding = decoding.as_mut().expect("a generation has a decoding");
         let mut models = match draft {
@@ -240,8 +243,12 @@ impl Generation<'_> {
         let mut used = 0;
         for (i, &token) in block.tokens.iter().enumerate() {
             let log_prob = block.scores.get(i).copied();
-            let mut piece =
-                Piece { text: String::new(), token: Some(token), drafted: block.is_drafted(i), log_prob };
+            let mut piece = Piece {
+                text: String::new(),
+                token: Some(token),
+                drafted: block.is_drafted(i),
+                log_prob,
+            };
             used += 1;
             if self.session.tokenizer.is_end(token) {
                 self.ready.push_back(piece);
@@ -249,7 +256,8 @@ impl Generation<'_> {
                 break;
             }
             self.held.push_str(&self.decoder.push(token));
-            let found = self.request.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
+            let found =
+                self.request.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
             if let Some(at) = found {
                 self.held.truncate(at);
                 piece.text = std::mem::take(&mut self.held);
@@ -275,8 +283,13 @@ impl Generation<'_> {
 
     /// Bytes at the end of `held` that might be the start of a stop text.
     fn undecided(&self) -> usize {
-        let starts = |from: usize| self.request.stop.iter().any(|s| s.starts_with(&self.held[from..]));
-        self.held.char_indices().map(|(i, _)| i).find(|&i| starts(i)).map_or(0, |i| self.held.len() - i)
+        let starts =
+            |from: usize| self.request.stop.iter().any(|s| s.starts_with(&self.held[from..]));
+        self.held
+            .char_indices()
+            .map(|(i, _)| i)
+            .find(|&i| starts(i))
+            .map_or(0, |i| self.held.len() - i)
     }
 
     /// Ends the generation and lets go of text that was held back.

@@ -99,9 +99,9 @@ impl Pair {
         }
         let device = options.device()?;
         let weights = |file: &Gguf| file.tensors().map(|t| t.bytes.len() as u64).sum::<u64>();
-        let (first, total) = (weights(&target), weights(&target) + draft.as_ref().map_or(0, weights));
-        let target =
-            Model::load(Arc::new(target), &device, &mut |done, _| progress(done, total))?;
+        let (first, total) =
+            (weights(&target), weights(&target) + draft.as_ref().map_or(0, weights));
+        let target = Model::load(Arc::new(target), &device, &mut |done, _| progress(done, total))?;
         let draft = draft
             .map(|file| {
                 Model::load(Arc::new(file), &device, &mut |done, _| progress(first + done, total))

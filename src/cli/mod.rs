@@ -114,7 +114,10 @@ fn open_model(path: &std::path::Path) -> Result<Gguf> {
 fn read_text(argument: Option<&str>, file: Option<&PathBuf>, what: &str) -> Result<String> {
     let utf8 = |name: &str, bytes: Vec<u8>| {
         String::from_utf8(bytes).map_err(|e| {
-            Error::format(name, format!("is not UTF-8 text (at byte {})", e.utf8_error().valid_up_to()))
+            Error::format(
+                name,
+                format!("is not UTF-8 text (at byte {})", e.utf8_error().valid_up_to()),
+            )
         })
     };
     if let Some(text) = argument {
@@ -126,7 +129,9 @@ fn read_text(argument: Option<&str>, file: Option<&PathBuf>, what: &str) -> Resu
     }
     let mut stdin = io::stdin().lock();
     if stdin.is_terminal() {
-        return Err(Error::invalid(format!("there is no {what}; give it as an argument or on standard input")));
+        return Err(Error::invalid(format!(
+            "there is no {what}; give it as an argument or on standard input"
+        )));
     }
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).map_err(|e| Error::io("standard input", e))?;
@@ -139,7 +144,8 @@ fn loading_bar() -> impl FnMut(u64, u64) -> bool {
     let mut bar: Option<ProgressBar> = None;
     move |done, total| {
         if bar.is_none() && start.elapsed() > Duration::from_millis(300) && done < total {
-            let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {eta}");
+            let style =
+                ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {eta}");
             let new = ProgressBar::new(total);
             new.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar = Some(new);

@@ -193,7 +193,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let pair = args.load(strategy)?;
     let trained = pair.target().shape().context;
     if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
-        eprintln!("mtad: --ctx-size {wanted} is beyond the {trained} that the model was trained for");
+        eprintln!(
+            "mtad: --ctx-size {wanted} is beyond the {trained} that the model was trained for"
+        );
     }
     watch_for_interrupts(cancel);
 
@@ -223,7 +225,13 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     show("\n")?;
     drop(out);
 
-    let report = Report { generation: &generation, pair: &pair, strategy, seed, total: start.elapsed().as_secs_f64() };
+    let report = Report {
+        generation: &generation,
+        pair: &pair,
+        strategy,
+        seed,
+        total: start.elapsed().as_secs_f64(),
+    };
     if args.json {
         print_line(report.json(&text, args.score))?;
     }

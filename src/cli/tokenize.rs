@@ -16,7 +16,13 @@ pub struct TokenizeArgs {
     text: Option<String>,
 
     /// A GGUF file with a vocabulary, of any architecture [default: the built-in pair's]
-    #[arg(long, short, value_name = "GGUF", default_value = "builtin:target", hide_default_value = true)]
+    #[arg(
+        long,
+        short,
+        value_name = "GGUF",
+        default_value = "builtin:target",
+        hide_default_value = true
+    )]
     model: PathBuf,
 
     /// Begin with the token that begins a text
