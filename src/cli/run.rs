@@ -23,6 +23,7 @@ use crate::sampling::Warp;
 /// Without --model this runs the built-in pair of small story models. The prompt is the argument,
 /// or --file, or standard input.
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct RunArgs {
     /// The text to go on from
     prompt: Option<String>,
@@ -211,10 +212,10 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         }
         out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(stdout_error)
     };
+    let mut generation = session.generate(&prompt, &request)?;
     if !args.no_echo {
         show(&prompt)?;
     }
-    let mut generation = session.generate(&prompt, &request)?;
     let mut text = String::new();
     // (A loop over `by_ref`, so that the generation is still there for its report.)
     for piece in generation.by_ref() {

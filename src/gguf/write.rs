@@ -88,6 +88,12 @@ impl Writer {
         self
     }
 
+    /// Drops the tensors whose names `keep` does not want.
+    pub fn retain_tensors(&mut self, keep: impl Fn(&str) -> bool) -> &mut Self {
+        self.tensors.retain(|(name, ..)| keep(name));
+        self
+    }
+
     /// Writes the file.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use mtad::gguf::{Gguf, OwnedValue, Writer};
+use mtad::quant::BlockType;
 
 /// A file or folder of the reference data: below `MTAD_SHARED`, or else below `../shared` beside
 /// the package. `None`, with a line that says so, where there is none; in CI that is a failure.
@@ -109,4 +110,45 @@ pub fn nmse(x: &[f32], exact: &[f64]) -> f64 {
     assert_eq!(x.len(), exact.len());
     let error: f64 = x.iter().zip(exact).map(|(&x, e)| (f64::from(x) - e).powi(2)).sum();
     error / exact.iter().map(|e| e * e).sum::<f64>()
+}
+
+/// A Llama model of one layer with random weights and a vocabulary of 264 tokens: width 64, two
+/// heads of 32 that share one key/value head.
+pub fn tiny_llama() -> Writer {
+    let mut writer = sentencepiece(&["a", "b", "ab", "▁", "▁ab"]);
+    let vocab = 3 + 256 + 5;
+    writer
+        .set("llama.context_length", 512u32)
+        .set("llama.embedding_length", 64u32)
+        .set("llama.block_count", 1u32)
+        .set("llama.feed_forward_length", 96u32)
+        .set("llama.attention.head_count", 2u32)
+        .set("llama.attention.head_count_kv", 1u32)
+        .set("llama.attention.layer_norm_rms_epsilon", 1e-5f32);
+    let mut state = 1u64;
+    let mut weights = |n: u64| -> Vec<f32> {
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| 0.3 * next()).collect()
+    };
+    for (name, cols, rows) in [
+        ("token_embd", 64, vocab),
+        ("blk.0.attn_q", 64, 64),
+        ("blk.0.attn_k", 64, 32),
+        ("blk.0.attn_v", 64, 32),
+        ("blk.0.attn_output", 64, 64),
+        ("blk.0.ffn_gate", 64, 96),
+        ("blk.0.ffn_up", 64, 96),
+        ("blk.0.ffn_down", 96, 64),
+    ] {
+        let blocks = mtad::quant::quantize_q8_0(&weights(cols * rows));
+        writer.tensor(&format!("{name}.weight"), &[cols, rows], BlockType::Q8_0, blocks);
+    }
+    for name in ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"] {
+        let ones: Vec<u8> = [1f32; 64].iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.tensor(&format!("{name}.weight"), &[64], BlockType::F32, ones);
+    }
+    writer
 }

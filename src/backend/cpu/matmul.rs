@@ -309,3 +309,166 @@ pub(super) unsafe fn multiply(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::kernels::Isa;
+    use crate::gguf::Tensor;
+
+    /// A small generator, so that a failure can be repeated.
+    struct Noise(u64);
+
+    impl Noise {
+        fn bits(&mut self) -> u32 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.0 >> 33) as u32
+        }
+
+        fn unit(&mut self) -> f32 {
+            self.bits() as f32 / (1u32 << 30) as f32 - 1.0
+        }
+    }
+
+    /// Random blocks with plausible scales: any bits are values, but not any bits are an f16.
+    fn blocks(block_type: BlockType, elements: usize, noise: &mut Noise) -> Vec<u8> {
+        let count = elements / block_type.block_len();
+        let mut bytes: Vec<u8> =
+            (0..count * block_type.block_bytes()).map(|_| noise.bits() as u8).collect();
+        let halves: &[usize] = match block_type {
+            BlockType::F16 => &[0],
+            BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4_K | BlockType::Q5_K => &[0, 2],
+            BlockType::Q2_K => &[80, 82],
+            BlockType::Q3_K => &[108],
+            BlockType::Q6_K => &[208],
+            BlockType::F32 | BlockType::BF16 => &[],
+            _ => &[0],
+        };
+        for block in bytes.chunks_exact_mut(block_type.block_bytes()) {
+            for &at in halves {
+                let scale = half::f16::from_f32(0.1 * noise.unit());
+                block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+            }
+            match block_type {
+                BlockType::F32 => block.copy_from_slice(&noise.unit().to_le_bytes()),
+                BlockType::BF16 => {
+                    block.copy_from_slice(&half::bf16::from_f32(noise.unit()).to_le_bytes());
+                }
+                _ => {}
+            }
+        }
+        bytes
+    }
+
+    /// All outputs of `rows` activation rows, `16 * panels` of each.
+    fn product(isa: Isa, panels: &Panels, x: &[f32], rows: usize) -> Vec<f32> {
+        let kernels = (isa.kernels().matmul)(panels.block_type);
+        let form = Form::of(panels.block_type);
+        let dwords = form.row_dwords(panels.cols);
+        let mut activations = vec![0; rows * dwords];
+        let tile = kernels.len();
+        for (t, tile_data) in activations.chunks_mut(tile * dwords).enumerate() {
+            let n = tile.min(rows - t * tile);
+            for r in 0..n {
+                let row = &x[(t * tile + r) * panels.cols..][..panels.cols];
+                // SAFETY: the caller asks for available instruction sets only.
+                unsafe { (isa.kernels().lay_out)(form, row, tile_data, r, n) };
+            }
+        }
+        let stride = panels.count() * ROWS;
+        let mut out = vec![0.0; rows * stride];
+        // SAFETY: activations and outputs are as large as `multiply` wants.
+        unsafe {
+            multiply(
+                panels,
+                0..panels.count(),
+                kernels,
+                activations.as_ptr(),
+                rows,
+                out.as_mut_ptr(),
+                stride,
+                None,
+                false,
+            );
+        }
+        out
+    }
+
+    #[test]
+    fn every_type_and_instruction_set_against_the_exact_product() {
+        let noise = &mut Noise(7);
+        // Not a multiple of 16 rows; an odd number of blocks where the type allows it.
+        let (rows, n) = (37, 11);
+        for block_type in BlockType::READABLE {
+            let cols = if block_type.block_len() == 256 { 768 } else { 224 };
+            let bytes = blocks(block_type, rows * cols, noise);
+            let tensor = Tensor { file: "test", name: "w", cols, rows, block_type, bytes: &bytes };
+            let panels = Panels::pack(&tensor).unwrap();
+            let x: Vec<f32> = (0..n * cols).map(|_| noise.unit()).collect();
+
+            let mut weights = vec![0.0; rows * cols];
+            block_type.dequantize(&bytes, &mut weights);
+            // What the kernel sees of the activations: bytes with one scale for 32.
+            let rounded: Vec<f64> = match block_type.is_float() {
+                true => x.iter().map(|&x| x.into()).collect(),
+                false => x
+                    .chunks_exact(BLOCK)
+                    .flat_map(|block| {
+                        let largest = block.iter().fold(0f32, |m, x| m.max(x.abs()));
+                        let (scale, inverse) = (largest / 127.0, 127.0 / largest);
+                        let round = move |x: &f32| {
+                            f64::from(scale) * f64::from((x * inverse).round_ties_even())
+                        };
+                        block.iter().map(round).collect::<Vec<_>>()
+                    })
+                    .collect(),
+            };
+            let reference = product(Isa::Scalar, &panels, &x, n);
+            for i in 0..n {
+                for j in 0..rows {
+                    let terms =
+                        (0..cols).map(|c| rounded[i * cols + c] * f64::from(weights[j * cols + c]));
+                    let (exact, size) =
+                        terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
+                    let found = f64::from(reference[i * panels.count() * ROWS + j]);
+                    assert!(
+                        (found - exact).abs() <= 2e-6 * size,
+                        "{block_type} row {i} output {j}: {found}, exactly {exact}"
+                    );
+                }
+            }
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+                assert_eq!(product(isa, &panels, &x, n), reference, "{block_type} on {isa}");
+                for few in 1..n {
+                    let part = product(isa, &panels, &x[..few * cols], few);
+                    assert_eq!(
+                        part,
+                        reference[..part.len()],
+                        "{few} rows of {block_type} on {isa}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn activations_that_are_zero_or_huge_do_no_harm() {
+        let bytes = blocks(BlockType::Q8_0, 16 * 64, &mut Noise(3));
+        let tensor = Tensor {
+            file: "t",
+            name: "w",
+            cols: 64,
+            rows: 16,
+            block_type: BlockType::Q8_0,
+            bytes: &bytes,
+        };
+        let panels = Panels::pack(&tensor).unwrap();
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            assert!(product(isa, &panels, &[0.0; 64], 1).iter().all(|&x| x == 0.0));
+            // No panic; what comes out of infinities is not a number, as it should be.
+            for x in [f32::MAX, f32::INFINITY, f32::NAN, f32::MIN_POSITIVE / 4.0] {
+                product(isa, &panels, &[x; 64], 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Damaged and hostile model files: an error that says what is wrong, never a panic, never memory
+//! out of proportion.
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use common::{sentencepiece, tiny_llama};
+use mtad::backend::cpu::{Cpu, Isa};
+use mtad::gguf::{Gguf, OwnedValue, Writer};
+use mtad::model::lm::{Batch, Row, Want};
+use mtad::model::{Device, Model, SessionOptions};
+use mtad::quant::BlockType;
+use mtad::tokenizer::Tokenizer;
+use mtad::{Error, LoadOptions, Pair};
+
+fn device() -> Device {
+    Device::Cpu(Arc::new(Cpu::with_isa(1, Isa::Scalar).unwrap()))
+}
+
+/// Opens, tokenizes and runs a file as far as it goes.
+fn use_file(bytes: Vec<u8>, device: &Device) -> Result<(), Error> {
+    let file = Arc::new(Gguf::from_vec("damaged.gguf", bytes)?);
+    file.metadata().for_each(|(_, value)| drop(value.to_string()));
+    Tokenizer::from_gguf(&file)?.encode("Hello, world", Default::default());
+    let model = Model::load(file, device, &mut |_, _| true)?;
+    let mut lm = model.session(&SessionOptions::default());
+    lm.eval(&Batch::chain(&[1, 2, 3], None, Row(0), Want::Logits))?;
+    Ok(())
+}
+
+/// Runs a file; the panic is the failure.
+fn must_not_panic(what: &str, bytes: Vec<u8>, device: &Device) -> Result<(), Error> {
+    catch_unwind(AssertUnwindSafe(|| use_file(bytes, device)))
+        .unwrap_or_else(|_| panic!("{what}: it panicked"))
+}
+
+fn message(writer: &Writer) -> String {
+    use_file(writer.to_vec(), &device()).expect_err("it is not fine").to_string()
+}
+
+#[test]
+fn a_sound_file_is_fine() {
+    use_file(tiny_llama().to_vec(), &device()).unwrap();
+}
+
+#[test]
+fn a_file_cut_anywhere_is_refused() {
+    let whole = tiny_llama().to_vec();
+    let device = device();
+    let header = Gguf::from_vec("whole", whole.clone()).unwrap().data_offset() as usize;
+    // Every byte of the header, and some of the data.
+    let cuts = (0..header).chain((header..whole.len()).step_by(997));
+    for cut in cuts {
+        let error = must_not_panic(&format!("cut at {cut}"), whole[..cut].to_vec(), &device)
+            .expect_err("a file that is cut short is not fine");
+        assert!(error.to_string().contains("damaged.gguf"), "cut at {cut}: {error}");
+    }
+}
+
+#[test]
+fn flipped_bits_do_not_panic() {
+    let whole = tiny_llama().to_vec();
+    let device = device();
+    let header = Gguf::from_vec("whole", whole.clone()).unwrap().data_offset() as usize;
+    let mut noise = 0x2545_f491_4f6c_dd1du64;
+    let mut refused = 0;
+    for at in 0..header {
+        noise ^= noise << 13;
+        noise ^= noise >> 7;
+        noise ^= noise << 17;
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (noise % 8);
+        refused +=
+            usize::from(must_not_panic(&format!("bit in byte {at}"), bytes, &device).is_err());
+        let mut bytes = whole.clone();
+        bytes[at] = 0xff;
+        refused += usize::from(must_not_panic(&format!("255 at {at}"), bytes, &device).is_err());
+    }
+    assert!(refused > 100, "only {refused} damages were noticed");
+}
+
+#[test]
+fn absurd_counts_are_refused_before_memory_is_taken() {
+    let whole = tiny_llama().to_vec();
+    for (at, what) in [(8, "tensors"), (16, "metadata entries")] {
+        for count in [u64::MAX, 1 << 40, 1 << 17] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 8].copy_from_slice(&count.to_le_bytes());
+            let error = use_file(bytes, &device()).unwrap_err().to_string();
+            assert!(error.contains(what) && error.contains("at most"), "{error}");
+        }
+    }
+    // A string array that claims more elements than the file has bytes.
+    let mut bytes = Vec::new();
+    bytes.extend(b"GGUF");
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(b"a");
+    bytes.extend(9u32.to_le_bytes());
+    bytes.extend(8u32.to_le_bytes());
+    bytes.extend((1u64 << 60).to_le_bytes());
+    let error = Gguf::from_vec("x", bytes).unwrap_err().to_string();
+    assert!(error.contains("ends inside metadata `a`"), "{error}");
+}
+
+#[test]
+fn other_files_are_named_for_what_they_are() {
+    let open = |bytes: &[u8]| Gguf::from_vec("x", bytes.to_vec()).unwrap_err().to_string();
+    assert!(open(b"Once upon a time").contains("starts with \"Once\""));
+    assert!(open(b"GGUF\x00\x00\x00\x03rest").contains("big-endian"));
+    assert!(open(b"GGUF\x01\x00\x00\x00rest").contains("version 1"));
+    assert!(open(b"GGUF\x09\x00\x00\x00rest").contains("version 9"));
+    assert!(open(b"").contains("the file ends"));
+    let folder = std::env::temp_dir();
+    assert!(Gguf::open(&folder).unwrap_err().to_string().contains("is a directory"));
+    assert!(matches!(Gguf::open(folder.join("no such file.gguf")), Err(Error::Io { .. })));
+}
+
+type Edit = dyn Fn(&mut Writer);
+
+#[test]
+fn messages_name_what_is_missing_or_wrong() {
+    let edited = |edit: &Edit| {
+        let mut writer = tiny_llama();
+        edit(&mut writer);
+        message(&writer)
+    };
+    let cases: &[(&Edit, &[&str])] = &[
+        (
+            &|w| {
+                w.set("general.architecture", "gpt9");
+            },
+            &["gpt9", "`llama` is run"],
+        ),
+        (
+            &|w| {
+                w.set("llama.block_count", 3u32);
+            },
+            &["blk.1.attn_norm.weight", "missing"],
+        ),
+        (
+            &|w| {
+                w.set("llama.embedding_length", 128u32);
+            },
+            &["token_embd.weight", "128"],
+        ),
+        (
+            &|w| {
+                w.set("llama.embedding_length", "wide");
+            },
+            &["llama.embedding_length", "\"wide\""],
+        ),
+        (
+            &|w| {
+                w.set("llama.attention.head_count", 0u32);
+            },
+            &["head_count", "is 0"],
+        ),
+        (
+            &|w| {
+                w.set("llama.attention.head_count_kv", 3u32);
+            },
+            &["cannot share"],
+        ),
+        (
+            &|w| {
+                w.set("llama.rope.dimension_count", 7u32);
+            },
+            &["rotate 7"],
+        ),
+        (
+            &|w| {
+                w.set("llama.rope.scaling.type", "yarn");
+            },
+            &["yarn", "linear"],
+        ),
+        (
+            &|w| {
+                w.set("llama.expert_count", 8u32);
+            },
+            &["mixture of experts"],
+        ),
+        (
+            &|w| {
+                w.set("llama.context_length", u32::MAX);
+            },
+            &["context_length"],
+        ),
+        (
+            &|w| {
+                w.tensor("blk.0.attn_q_norm.weight", &[32], BlockType::F32, vec![0; 128]);
+            },
+            &["blk.0.attn_q_norm.weight", "not part of"],
+        ),
+        (
+            &|w| {
+                w.set("tokenizer.ggml.scores", OwnedValue::F32s(vec![0.0]));
+            },
+            &["scores"],
+        ),
+    ];
+    for (edit, parts) in cases {
+        let message = edited(edit);
+        for part in *parts {
+            assert!(message.contains(part), "{message:?} does not say {part:?}");
+        }
+    }
+}
+
+#[test]
+fn a_type_that_cannot_be_run_is_refused_by_name() {
+    let mut writer = tiny_llama();
+    // 32 rows of 64 columns cannot be IQ1_S, whose blocks are 256; MXFP4 fits.
+    writer.retain_tensors(|name| name != "blk.0.attn_k.weight");
+    writer.tensor("blk.0.attn_k.weight", &[64, 32], BlockType::MXFP4, vec![0; 64 * 32 / 32 * 17]);
+    let message = message(&writer);
+    assert!(message.contains("blk.0.attn_k.weight") && message.contains("MXFP4"), "{message}");
+}
+
+#[test]
+fn a_draft_of_another_vocabulary_is_refused_with_the_first_difference() {
+    let target = Gguf::from_vec("target", tiny_llama().to_vec()).unwrap();
+    let other = sentencepiece(&["a", "c", "ab"]);
+    let draft = Gguf::from_vec("draft", other.to_vec()).unwrap();
+    let error = Pair::from_files(target, Some(draft), &LoadOptions::default(), &mut |_, _| true)
+        .err()
+        .unwrap();
+    assert!(matches!(error, Error::Vocabulary(_)), "{error}");
+    let message = error.to_string();
+    assert!(
+        message.contains("260") && message.contains("\"b\"") && message.contains("\"c\""),
+        "{message}"
+    );
+}
+
+#[test]
+fn loading_can_be_stopped() {
+    let file = Arc::new(Gguf::from_vec("x", tiny_llama().to_vec()).unwrap());
+    let stopped = Model::load(file, &device(), &mut |_, _| false);
+    assert!(matches!(stopped.err(), Some(Error::Cancelled)));
+}
