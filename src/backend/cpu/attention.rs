@@ -297,21 +297,15 @@ unsafe fn attend_group<S: Simd, E: Element>(
 
     // SAFETY (all blocks): slots below `reserve`d are in the layer; tiles are as large as keys
     // and values; queries and outputs have a head's elements at every row.
-    let step = |row: usize, count: usize, keys: &[f32], values: &[f32], state: &mut [f32]| {
-        for (i, head) in heads.clone().enumerate() {
-            let q = &a.q[row * a.stride + head * g.head_dim..][..g.head_dim];
-            let s = &mut state[(row * heads.len() + i) * state_len..][..state_len];
-            // SAFETY: as above.
-            unsafe { tile_step::<S>(q, keys, values, g.padded, count, s) };
-        }
-    };
 
     // Whole tiles of the line: converted once, used by every row and head.
     for tile in (0..base).step_by(TILE) {
         // SAFETY: as above.
-        unsafe { load_tile::<S, E>(g, layer, kv_head, tile, TILE, keys, values) };
-        for row in 0..a.rows.len() {
-            step(row, TILE, keys, values, state);
+        unsafe {
+            load_tile::<S, E>(g, layer, kv_head, tile, TILE, keys, values);
+            for row in 0..a.rows.len() {
+                row_step::<S>(a, g, heads.clone(), row, TILE, keys, values, state);
+            }
         }
     }
     // The line's rest is shared too; then each row goes on with its own path.
@@ -322,18 +316,22 @@ unsafe fn attend_group<S: Simd, E: Element>(
             unsafe { load_tile::<S, E>(g, layer, kv_head, base, rest, keys, values) };
             shared = true;
         }
-        let mut count = rest;
-        for bit in bits(a.rows.paths[row]) {
-            if count == TILE {
-                step(row, TILE, keys, values, state);
-                (count, shared) = (0, false);
-            }
-            let slot = a.rows.line + bit;
+        let (mut count, mut path) = (rest, a.rows.paths[row]);
+        while path != 0 {
             // SAFETY: as above.
-            unsafe { load_slot::<S, E>(g, layer, kv_head, slot, count, keys, values) };
+            unsafe {
+                if count == TILE {
+                    row_step::<S>(a, g, heads.clone(), row, TILE, keys, values, state);
+                    (count, shared) = (0, false);
+                }
+                let slot = a.rows.line + path.trailing_zeros() as usize;
+                load_slot::<S, E>(g, layer, kv_head, slot, count, keys, values);
+            }
+            path &= path - 1;
             count += 1;
         }
-        step(row, count, keys, values, state);
+        // SAFETY: as above.
+        unsafe { row_step::<S>(a, g, heads.clone(), row, count, keys, values, state) };
     }
 
     for row in 0..a.rows.len() {
@@ -347,15 +345,26 @@ unsafe fn attend_group<S: Simd, E: Element>(
     }
 }
 
-/// The set bits, ascending.
-fn bits(mut mask: u128) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let bit = mask.trailing_zeros();
-        (mask != 0).then(|| {
-            mask &= mask - 1;
-            bit as usize
-        })
-    })
+/// Adds the first `count` positions of a tile to the state of one row, for each of its heads.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn row_step<S: Simd>(
+    a: &Attention<'_>,
+    g: Geometry,
+    heads: std::ops::Range<usize>,
+    row: usize,
+    count: usize,
+    keys: &[f32],
+    values: &[f32],
+    state: &mut [f32],
+) {
+    let state_len = 2 + g.padded;
+    let of_row = &mut state[row * heads.len() * state_len..][..heads.len() * state_len];
+    for (head, state) in heads.zip(of_row.chunks_exact_mut(state_len)) {
+        let q = &a.q[row * a.stride + head * g.head_dim..][..g.head_dim];
+        // SAFETY: the caller's.
+        unsafe { tile_step::<S>(q, keys, values, g.padded, count, state) };
+    }
 }
 
 /// Widens the keys and values of the slots `first..first + count`; `first` is a tile's. Whole chunks

@@ -264,10 +264,13 @@ unsafe fn nibbles<S: Simd>(plane: *const u8) -> [S::I; 8] {
     // SAFETY: the caller's; the plane has four vectors.
     unsafe {
         let mask = S::i32(0x0f0f_0f0f);
-        let w = [0, 1, 2, 3].map(|v| S::load_i(plane.add(64 * v)));
-        let low = |x| S::and(x, mask);
-        let high = |x| S::and(S::shr::<4>(x), mask);
-        [low(w[0]), low(w[1]), low(w[2]), low(w[3]), high(w[0]), high(w[1]), high(w[2]), high(w[3])]
+        let mut q = [mask; 8];
+        for v in 0..4 {
+            let w = S::load_i(plane.add(64 * v));
+            q[v] = S::and(w, mask);
+            q[v + 4] = S::and(S::shr::<4>(w), mask);
+        }
+        q
     }
 }
 
@@ -279,37 +282,51 @@ unsafe fn bits<S: Simd, const AT: u32>(plane: *const u8) -> [S::I; 8] {
     unsafe {
         let w = S::load_i(plane);
         let mask = S::i32(i32::from_le_bytes([1 << AT; 4]));
-        let at = |x| S::and(x, mask);
-        if AT == 4 {
+        let shifted = if AT == 4 {
             [
-                at(S::shl::<4>(w)),
-                at(S::shl::<3>(w)),
-                at(S::shl::<2>(w)),
-                at(S::shl::<1>(w)),
-                at(w),
-                at(S::shr::<1>(w)),
-                at(S::shr::<2>(w)),
-                at(S::shr::<3>(w)),
+                S::shl::<4>(w),
+                S::shl::<3>(w),
+                S::shl::<2>(w),
+                S::shl::<1>(w),
+                w,
+                S::shr::<1>(w),
+                S::shr::<2>(w),
+                S::shr::<3>(w),
             ]
         } else {
             [
-                at(S::shl::<2>(w)),
-                at(S::shl::<1>(w)),
-                at(w),
-                at(S::shr::<1>(w)),
-                at(S::shr::<2>(w)),
-                at(S::shr::<3>(w)),
-                at(S::shr::<4>(w)),
-                at(S::shr::<5>(w)),
+                S::shl::<2>(w),
+                S::shl::<1>(w),
+                w,
+                S::shr::<1>(w),
+                S::shr::<2>(w),
+                S::shr::<3>(w),
+                S::shr::<4>(w),
+                S::shr::<5>(w),
             ]
-        }
+        };
+        and_all::<S>(shifted, mask)
     }
 }
 
+// Loops instead of `map` and closures: those are functions of their own, and one that is not
+// inlined would be compiled without the instruction set.
 #[inline(always)]
-unsafe fn or_all<S: Simd>(a: [S::I; 8], b: [S::I; 8]) -> [S::I; 8] {
-    // SAFETY: the caller's; no memory is touched.
-    std::array::from_fn(|g| unsafe { S::or(a[g], b[g]) })
+unsafe fn and_all<S: Simd>(mut a: [S::I; 8], mask: S::I) -> [S::I; 8] {
+    for a in &mut a {
+        // SAFETY: the caller's; no memory is touched.
+        *a = unsafe { S::and(*a, mask) };
+    }
+    a
+}
+
+#[inline(always)]
+unsafe fn or_all<S: Simd>(mut a: [S::I; 8], b: [S::I; 8]) -> [S::I; 8] {
+    for (a, b) in a.iter_mut().zip(b) {
+        // SAFETY: the caller's; no memory is touched.
+        *a = unsafe { S::or(*a, b) };
+    }
+    a
 }
 
 /// Four bits: a nibble plane.
@@ -365,18 +382,18 @@ impl Values for SixBits {
     unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
         // SAFETY: the caller's; as in `bits`, the mask undoes what shifts carry over.
         unsafe {
-            let mask = S::i32(0x3030_3030);
-            let w = [0, 1].map(|v| S::load_i(plane.add(256 + 64 * v)));
-            let high = |x: S::I| {
-                [
-                    S::and(S::shl::<4>(x), mask),
-                    S::and(S::shl::<2>(x), mask),
-                    S::and(x, mask),
-                    S::and(S::shr::<2>(x), mask),
-                ]
-            };
-            let ([a, b, c, d], [e, f, g, h]) = (high(w[0]), high(w[1]));
-            or_all::<S>(nibbles::<S>(plane), [a, b, c, d, e, f, g, h])
+            let (v, w) = (S::load_i(plane.add(256)), S::load_i(plane.add(320)));
+            let high = [
+                S::shl::<4>(v),
+                S::shl::<2>(v),
+                v,
+                S::shr::<2>(v),
+                S::shl::<4>(w),
+                S::shl::<2>(w),
+                w,
+                S::shr::<2>(w),
+            ];
+            or_all::<S>(nibbles::<S>(plane), and_all::<S>(high, S::i32(0x3030_3030)))
         }
     }
 }
@@ -388,18 +405,18 @@ pub(super) struct TwoBits;
 unsafe fn two_bits<S: Simd>(plane: *const u8) -> [S::I; 8] {
     // SAFETY: the caller's; the plane has two vectors.
     unsafe {
-        let mask = S::i32(0x0303_0303);
-        let w = [0, 1].map(|v| S::load_i(plane.add(64 * v)));
-        let split = |x: S::I| {
-            [
-                S::and(x, mask),
-                S::and(S::shr::<2>(x), mask),
-                S::and(S::shr::<4>(x), mask),
-                S::and(S::shr::<6>(x), mask),
-            ]
-        };
-        let ([a, b, c, d], [e, f, g, h]) = (split(w[0]), split(w[1]));
-        [a, b, c, d, e, f, g, h]
+        let (v, w) = (S::load_i(plane), S::load_i(plane.add(64)));
+        let shifted = [
+            v,
+            S::shr::<2>(v),
+            S::shr::<4>(v),
+            S::shr::<6>(v),
+            w,
+            S::shr::<2>(w),
+            S::shr::<4>(w),
+            S::shr::<6>(w),
+        ];
+        and_all::<S>(shifted, S::i32(0x0303_0303))
     }
 }
 
@@ -453,7 +470,13 @@ impl Values for Bytes {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
         // SAFETY: the caller's; the plane has eight vectors.
-        std::array::from_fn(|v| unsafe { S::load_i(plane.add(64 * v)) })
+        unsafe {
+            let mut q = [S::i32(0); 8];
+            for (v, q) in q.iter_mut().enumerate() {
+                *q = S::load_i(plane.add(64 * v));
+            }
+            q
+        }
     }
 }
 
@@ -480,7 +503,13 @@ impl Values for Nonlinear {
             table
         };
         // SAFETY: the caller's.
-        unsafe { nibbles::<S>(plane).map(|x| S::lookup(&TABLE, x)) }
+        unsafe {
+            let mut q = nibbles::<S>(plane);
+            for q in &mut q {
+                *q = S::lookup(&TABLE, *q);
+            }
+            q
+        }
     }
 }
 
@@ -624,12 +653,12 @@ impl Format for Q6K {
         // SAFETY: the caller's.
         unsafe {
             let d = halves::<S>(scales, lane);
-            let part = |j: usize| {
+            let mut parts = [[d; 2]; 2];
+            for (j, part) in parts.iter_mut().enumerate() {
                 let scale = S::load_i8(scales.add(32 + 16 * (2 * b + j) + lane));
-                let d = S::mul(d, S::to_f32(scale));
-                [d, d]
-            };
-            [part(0), part(1)]
+                part[0] = S::mul(d, S::to_f32(scale));
+            }
+            parts
         }
     }
 }
@@ -660,13 +689,14 @@ impl Format for Q2K {
         unsafe {
             let d = halves::<S>(scales, lane);
             let dmin = S::sub(S::f32(0.0), halves::<S>(scales.add(32), lane));
-            let part = |j: usize| {
+            let mut parts = [[d; 2]; 2];
+            for (j, part) in parts.iter_mut().enumerate() {
                 let both = S::load_u8(scales.add(64 + 16 * (2 * b + j) + lane));
                 let scale = S::to_f32(S::and(both, S::i32(15)));
                 let minimum = S::to_f32(S::shr::<4>(both));
-                [S::mul(d, scale), S::mul(dmin, minimum)]
-            };
-            [part(0), part(1)]
+                *part = [S::mul(d, scale), S::mul(dmin, minimum)];
+            }
+            parts
         }
     }
 }
@@ -706,12 +736,14 @@ impl Format for Q3K {
             let high = S::load_u8(bytes.add(128 + 16 * (b / 2)));
             let high = if b % 2 == 1 { S::shr::<4>(high) } else { high };
             let (four, top) = (S::i32(15), S::i32(0x30));
-            let part = |low: S::I, high: S::I| {
-                let scale = S::add_i(S::or(low, S::and(high, top)), S::i32(-32));
-                let d = S::mul(d, S::to_f32(scale));
-                [d, d]
-            };
-            [part(S::and(low, four), S::shl::<4>(high)), part(S::shr::<4>(low), S::shl::<2>(high))]
+            let low = [S::and(low, four), S::shr::<4>(low)];
+            let high = [S::shl::<4>(high), S::shl::<2>(high)];
+            let mut parts = [[d; 2]; 2];
+            for (j, part) in parts.iter_mut().enumerate() {
+                let scale = S::or(low[j], S::and(high[j], top));
+                part[0] = S::mul(d, S::to_f32(S::add_i(scale, S::i32(-32))));
+            }
+            parts
         }
     }
 }
