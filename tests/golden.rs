@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use mtad::backend::cpu::{Cpu, Isa};
 use mtad::gguf::Gguf;
-use mtad::model::lm::{Batch, Lm, Row, Want};
+use mtad::model::lm::{Batch, Row, Want};
 use mtad::model::{Device, Model, SessionOptions};
 
 use common::{nmse, read_npy, shared};

@@ -79,7 +79,7 @@ impl Isa {
         let available = || Isa::ALL.into_iter().filter(|isa| isa.is_available());
         let names = || available().map(Isa::name).collect::<Vec<_>>().join(", ");
         match std::env::var("MTAD_CPU") {
-            Err(_) => Ok(available().last().unwrap_or(Isa::Scalar)),
+            Err(_) => Ok(available().next_back().unwrap_or(Isa::Scalar)),
             Ok(name) => available().find(|isa| isa.name() == name).ok_or_else(|| {
                 Error::invalid(format!("MTAD_CPU={name}: this machine runs {}", names()))
             }),

@@ -159,12 +159,13 @@ pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
                             *acc = S::i32(negated << offset);
                         }
                     }
-                    for g in s * 8 / F::SUBS..(s + 1) * 8 / F::SUBS {
+                    let part = 8 / F::SUBS;
+                    for (g, &q) in q.iter().enumerate().skip(s * part).take(part) {
                         for (r, acc) in acc.iter_mut().enumerate() {
                             let x = S::i32(*tile.add(g * N + r) as i32);
                             *acc = match F::Values::WIDE {
-                                true => S::dot_wide(*acc, q[g], x),
-                                false => S::dot(*acc, q[g], x),
+                                true => S::dot_wide(*acc, q, x),
+                                false => S::dot(*acc, q, x),
                             };
                         }
                     }

@@ -1,9 +1,9 @@
 //! The CPU: panels of packed weights, a team of threads per pass, kernels chosen at run time.
 //!
-//! - [`panel`]: the form of the weights; [`matmul`]: products of a few rows with them;
-//! - [`attention`]: cache rows and attention; [`kernels`]: what is compiled for which instruction
-//!   set, over the vector operations of [`simd`];
-//! - [`team`]: how threads share a pass.
+//! - `panel`: the form of the weights; `matmul`: products of a few rows with them;
+//! - `attention`: cache rows and attention; `kernels`: what is compiled for which instruction
+//!   set, over the vector operations of `simd`;
+//! - `team`: how threads share a pass.
 //!
 //! Weights are packed once, when a model is loaded; embedding tables stay in the mapped file.
 
