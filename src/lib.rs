@@ -35,6 +35,7 @@
 //! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
 //! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
 //! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
+//! | [`bench`] | timing passes against the machine's limits | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels and in the memory map.
@@ -43,6 +44,7 @@
 //! cross-checks it in the tests.
 
 pub mod backend;
+pub mod bench;
 pub mod cli;
 pub mod decode;
 pub mod error;

@@ -17,7 +17,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 ];
 
 /// Parts that may import everything.
-const FREE: &[&str] = &["cli", "pair", "generation", "lib", "main"];
+const FREE: &[&str] = &["bench", "cli", "pair", "generation", "lib", "main"];
 
 /// Where `unsafe` may appear: kernels, and the memory map.
 const MAY_BE_UNSAFE: &[&str] = &["src/backend/cpu/", "src/gguf/mod.rs"];

@@ -3,6 +3,7 @@
 //! Human output goes to standard output, progress and diagnostics to standard error. Exit codes:
 //! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
 
+mod bench;
 mod inspect;
 mod logits;
 mod run;
@@ -31,6 +32,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Bench(bench::BenchArgs),
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Inspect(inspect::InspectArgs),
@@ -41,6 +43,7 @@ pub fn main() -> ExitCode {
     // On a usage error clap prints and exits with 2.
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
         Command::Inspect(args) => inspect::inspect(&args),

@@ -57,7 +57,24 @@ impl From<f32> for OwnedValue {
 #[derive(Debug, Default)]
 pub struct Writer {
     metadata: Vec<(String, OwnedValue)>,
-    tensors: Vec<(String, Vec<u64>, BlockType, Vec<u8>)>,
+    tensors: Vec<Planned>,
+}
+
+/// A tensor to be written.
+#[derive(Debug)]
+struct Planned {
+    name: String,
+    dims: Vec<u64>,
+    block_type: BlockType,
+    /// `None`: the bytes come when the file is written.
+    bytes: Option<Vec<u8>>,
+}
+
+impl Planned {
+    fn len(&self) -> u64 {
+        let elements: u64 = self.dims.iter().product();
+        elements / self.block_type.block_len() as u64 * self.block_type.block_bytes() as u64
+    }
 }
 
 impl Writer {
@@ -76,7 +93,10 @@ impl Writer {
         self
     }
 
-    /// Adds a tensor. `dims` is in GGUF's order (row length first); `bytes` are whole blocks.
+    /// Adds a tensor. `dims` is in GGUF's order (row length first).
+    ///
+    /// # Panics
+    /// If `bytes` are not the whole blocks that `dims` and `block_type` make.
     pub fn tensor(
         &mut self,
         name: &str,
@@ -84,21 +104,44 @@ impl Writer {
         block_type: BlockType,
         bytes: Vec<u8>,
     ) -> &mut Self {
-        self.tensors.push((name.to_owned(), dims.to_vec(), block_type, bytes));
+        self.plan(name, dims, block_type);
+        let planned = self.tensors.last_mut().expect("it was just added");
+        assert_eq!(planned.len(), bytes.len() as u64, "bytes of `{name}`");
+        planned.bytes = Some(bytes);
+        self
+    }
+
+    /// Adds a tensor whose bytes [`Writer::write_with`] will ask for, so that large files need not
+    /// fit into memory.
+    pub fn plan(&mut self, name: &str, dims: &[u64], block_type: BlockType) -> &mut Self {
+        let (name, dims) = (name.to_owned(), dims.to_vec());
+        self.tensors.push(Planned { name, dims, block_type, bytes: None });
         self
     }
 
     /// Drops the tensors whose names `keep` does not want.
     pub fn retain_tensors(&mut self, keep: impl Fn(&str) -> bool) -> &mut Self {
-        self.tensors.retain(|(name, ..)| keep(name));
+        self.tensors.retain(|tensor| keep(&tensor.name));
         self
     }
 
-    /// Writes the file.
+    /// Writes a file all of whose tensors have their bytes.
     ///
     /// # Errors
     /// What `out` returns.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        self.write_with(out, |name, _, _| Err(io::Error::other(format!("`{name}` has no bytes"))))
+    }
+
+    /// Writes the file; `source` writes the bytes of planned tensors, given name, type and count.
+    ///
+    /// # Errors
+    /// What `out` or `source` return; a `source` that wrote another number of bytes.
+    pub fn write_with<W: Write>(
+        &self,
+        out: &mut W,
+        mut source: impl FnMut(&str, (BlockType, u64), &mut dyn Write) -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut header = Vec::new();
         header.extend(b"GGUF");
         header.extend(3u32.to_le_bytes());
@@ -110,21 +153,30 @@ impl Writer {
             put_value(&mut header, value);
         }
         let mut offset = 0u64;
-        for (name, dims, block_type, bytes) in &self.tensors {
-            put_string(&mut header, name);
-            header.extend((dims.len() as u32).to_le_bytes());
-            for dim in dims {
+        for tensor in &self.tensors {
+            put_string(&mut header, &tensor.name);
+            header.extend((tensor.dims.len() as u32).to_le_bytes());
+            for dim in &tensor.dims {
                 header.extend(dim.to_le_bytes());
             }
-            header.extend(block_type.id().to_le_bytes());
+            header.extend(tensor.block_type.id().to_le_bytes());
             header.extend(offset.to_le_bytes());
-            offset += (bytes.len() as u64).next_multiple_of(ALIGNMENT);
+            offset += tensor.len().next_multiple_of(ALIGNMENT);
         }
         out.write_all(&header)?;
-        pad(out, header.len())?;
-        for (.., bytes) in &self.tensors {
-            out.write_all(bytes)?;
-            pad(out, bytes.len())?;
+        pad(out, header.len() as u64)?;
+        for tensor in &self.tensors {
+            let len = tensor.len();
+            let mut counted = Counted { out, written: 0 };
+            match &tensor.bytes {
+                Some(bytes) => counted.write_all(bytes)?,
+                None => source(&tensor.name, (tensor.block_type, len), &mut counted)?,
+            }
+            if counted.written != len {
+                let (name, written) = (&tensor.name, counted.written);
+                return Err(io::Error::other(format!("`{name}`: {written} bytes, not {len}")));
+            }
+            pad(out, len)?;
         }
         Ok(())
     }
@@ -137,8 +189,26 @@ impl Writer {
     }
 }
 
-fn pad(out: &mut impl Write, written: usize) -> io::Result<()> {
-    let missing = (written as u64).next_multiple_of(ALIGNMENT) - written as u64;
+/// Counts what goes through it.
+struct Counted<'a, W> {
+    out: &'a mut W,
+    written: u64,
+}
+
+impl<W: Write> Write for Counted<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.out.write(bytes)?;
+        self.written += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+fn pad(out: &mut impl Write, written: u64) -> io::Result<()> {
+    let missing = written.next_multiple_of(ALIGNMENT) - written;
     out.write_all(&[0; ALIGNMENT as usize][..missing as usize])
 }
 

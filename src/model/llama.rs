@@ -45,7 +45,7 @@ impl<B: Backend> Llama<B> {
         let mut weights = Weights::new(file);
         let Config { width, ffn_width, heads, kv_heads, head_dim, .. } = config;
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let mut macs = 0;
+        let (mut macs, mut weight_bytes) = (0, 0);
 
         let vocab_size = file.tensor("token_embd.weight").map_or(0, |t| t.rows);
         let table = weights.take("token_embd.weight", vocab_size, width)?;
@@ -62,6 +62,7 @@ impl<B: Backend> Llama<B> {
             let bias = weights.find(&format!("{name}.bias"), 1, rows)?;
             let matrix = backend.matrix(&tensor, bias.as_ref())?;
             macs += rows * cols;
+            weight_bytes += tensor.view().bytes.len();
             loaded(tensor.view().bytes.len() as u64)?;
             Ok(matrix)
         };
@@ -84,6 +85,7 @@ impl<B: Backend> Llama<B> {
         let norm = vector(&mut weights, "output_norm.weight".to_owned(), width)?;
         let output = output.as_ref().unwrap_or(&table);
         macs += vocab_size * width;
+        weight_bytes += output.view().bytes.len();
         let output_matrix = backend.matrix(output, None)?;
         loaded(output.view().bytes.len() as u64)?;
         weights.finish()?;
@@ -97,6 +99,7 @@ impl<B: Backend> Llama<B> {
             vocab_size,
             context: config.context,
             macs,
+            weight_bytes,
             rotary_frequencies: rotary_frequencies(&config, factors.as_deref()),
             cache: CacheShape {
                 layers: config.layers,

@@ -16,6 +16,8 @@ pub struct Shape {
     pub context: usize,
     /// Multiplications with weights for one row, logits included.
     pub macs: usize,
+    /// Bytes of the weights that every pass reads: all matrices, as the file stores them.
+    pub weight_bytes: usize,
     /// Radians per position of each rotated pair.
     pub rotary_frequencies: Vec<f64>,
     /// What it keeps for each row.

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use super::attention::{self, Attention, Half, Scratch};
 use super::matmul::{self, Form, Kernel};
 use super::panel::{Format, match_format};
+use super::probe;
 use super::simd::{Scalar, Simd, exp, sum_lanes};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
@@ -122,6 +123,11 @@ pub(super) struct Kernels {
     /// [`attention::attend`] for the two cache types.
     pub attend_f16: unsafe fn(&Attention<'_>, &[Half], Range<usize>, &mut Scratch),
     pub attend_f32: unsafe fn(&Attention<'_>, &[f32], Range<usize>, &mut Scratch),
+    /// [`probe::read`].
+    pub read: unsafe fn(&[u64]) -> i32,
+    /// [`probe::multiply`], and the lanes that it does it with.
+    pub products: unsafe fn(usize, i32) -> i32,
+    pub lanes: usize,
 }
 
 /// One row of RMSNorm over `width` elements; the slices are padded with zeros to vectors.
@@ -248,8 +254,33 @@ macro_rules! compile {
                 unsafe { attention::attend::<$simd, f32>(a, l, heads, s) }
             }
 
-            pub(super) static KERNELS: Kernels =
-                Kernels { matmul, lay_out, rms_norm, swiglu, attend_f16, attend_f32 };
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn read(data: &[u64]) -> i32 {
+                // SAFETY: the caller's.
+                unsafe { probe::read::<$simd>(data) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn products(rounds: usize, seed: i32) -> i32 {
+                // SAFETY: the caller's.
+                unsafe { probe::multiply::<$simd>(rounds, seed) }
+            }
+
+            pub(super) static KERNELS: Kernels = Kernels {
+                matmul,
+                lay_out,
+                rms_norm,
+                swiglu,
+                attend_f16,
+                attend_f32,
+                read,
+                products,
+                lanes: <$simd as Simd>::LANES,
+            };
 
             const _: () = assert!([$($n),*].len() == <$simd as Simd>::TILE);
         }

@@ -3,7 +3,7 @@
 //! - `panel`: the form of the weights; `matmul`: products of a few rows with them;
 //! - `attention`: cache rows and attention; `kernels`: what is compiled for which instruction
 //!   set, over the vector operations of `simd`;
-//! - `team`: how threads share a pass.
+//! - `team`: how threads share a pass; `probe`: what the machine can do at most.
 //!
 //! Weights are packed once, when a model is loaded; embedding tables stay in the mapped file.
 
@@ -11,6 +11,7 @@ mod attention;
 mod kernels;
 mod matmul;
 mod panel;
+mod probe;
 mod simd;
 mod team;
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +31,7 @@ use team::{Crew, Team};
 
 pub use attention::Cache;
 pub use kernels::Isa;
+pub use probe::Readable;
 
 /// Rows are padded to whole vectors.
 const LANES: usize = 16;

@@ -1,0 +1,176 @@
+//! Measuring a model on a device: milliseconds per pass of n rows against the machine's limits.
+//!
+//! Decoding reads every weight once per pass, so a pass over n rows takes at least
+//! max(weight bytes / read bandwidth, n x MACs / rate of byte products). Machines share their memory
+//! with others and change their clock, so both limits are measured in the same rounds as the
+//! passes, and what is reported are medians with their spread.
+
+mod synthetic;
+
+use std::time::Instant;
+
+pub use synthetic::Synthetic;
+
+use crate::backend::cpu::Readable;
+use crate::error::{Error, Result};
+use crate::model::lm::{Batch, Lm, MAX_TREE, Row, Token, Want, extend};
+use crate::model::{Device, Model, SessionOptions};
+
+/// Rows in the cache while passes are timed.
+const CACHED: usize = 128;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Rows of the passes to time.
+    pub passes: Vec<usize>,
+    /// Lengths of the prompts to time.
+    pub prompts: Vec<usize>,
+    /// Tokens to generate one at a time; 0 for none.
+    pub generate: usize,
+    /// Rounds: each times every pass once.
+    pub rounds: usize,
+}
+
+/// Median and extremes of some seconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Spread {
+    /// The middle value.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The most.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of at least one value.
+    fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        Spread { median: values[values.len() / 2], min: values[0], max: values[values.len() - 1] }
+    }
+}
+
+/// What was measured.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Where it ran.
+    pub device: String,
+    /// Read bandwidth in bytes per second, over as much memory as a pass reads.
+    pub bandwidth: Spread,
+    /// Byte products per second in registers.
+    pub byte_products: Spread,
+    /// Bytes of weights that a pass reads.
+    pub weight_bytes: usize,
+    /// Multiplications with weights for each row.
+    pub macs: usize,
+    /// Seconds of a pass, by its rows.
+    pub passes: Vec<(usize, Spread)>,
+    /// Tokens per second of prompts, by their length.
+    pub prompts: Vec<(usize, f64)>,
+    /// Seconds per token, generating one at a time.
+    pub generate: Option<f64>,
+}
+
+impl Report {
+    /// The least that a pass of `rows` rows can take, in seconds.
+    pub fn roofline(&self, rows: usize) -> f64 {
+        let read = self.weight_bytes as f64 / self.bandwidth.median;
+        read.max((rows * self.macs) as f64 / self.byte_products.median)
+    }
+
+    /// Seconds of a pass of one row, if it was measured.
+    pub fn one_row(&self) -> Option<f64> {
+        self.passes.iter().find(|(rows, _)| *rows == 1).map(|(_, spread)| spread.median)
+    }
+}
+
+/// Tokens to feed: which ones does not matter.
+fn tokens(count: usize, vocab_size: usize) -> Vec<Token> {
+    (0..count).map(|i| (3 + i * 7919) % vocab_size).map(|t| t as Token).collect()
+}
+
+/// Seconds of one pass of `rows` rows, with logits for every row, on the line as it is.
+fn time_pass(lm: &mut dyn Lm, rows: usize) -> Result<f64> {
+    let mut batch = Batch::new();
+    for (i, token) in tokens(rows, lm.vocab_size()).into_iter().enumerate() {
+        batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
+    }
+    let start = Instant::now();
+    lm.eval(&batch)?;
+    let seconds = start.elapsed().as_secs_f64();
+    lm.keep(None)?;
+    Ok(seconds)
+}
+
+/// Measures. `progress` is told the steps done and the steps in all, and stops by returning false.
+///
+/// # Errors
+/// The plan asks for more rows than fit; what the model reports; [`Error::Cancelled`].
+pub fn measure(
+    model: &Model,
+    plan: &Plan,
+    progress: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Report> {
+    if let Some(rows) = plan.passes.iter().find(|&&rows| rows == 0 || rows > MAX_TREE) {
+        return Err(Error::invalid(format!("a pass has 1 to {MAX_TREE} rows, not {rows}")));
+    }
+    let Device::Cpu(cpu) = model.device();
+    let shape = model.shape();
+    let longest = plan.prompts.iter().copied().max().unwrap_or(0);
+    let needed = (CACHED + MAX_TREE).max(longest).max(CACHED + plan.generate);
+    let options = SessionOptions { context: Some(needed), ..SessionOptions::default() };
+    let mut lm = model.session(&options);
+    let steps = plan.rounds + plan.prompts.len() + usize::from(plan.generate > 0);
+    let mut done = 0;
+    let mut step = || {
+        done += 1;
+        if progress(done, steps) { Ok(()) } else { Err(Error::Cancelled) }
+    };
+
+    let memory = Readable::new(shape.weight_bytes.clamp(1 << 20, 2 << 30));
+    extend(&mut *lm, &tokens(CACHED, shape.vocab_size))?;
+    let mut bandwidth = Vec::new();
+    let mut byte_products = Vec::new();
+    let mut seconds = vec![Vec::new(); plan.passes.len()];
+    for _ in 0..plan.rounds.max(1) {
+        bandwidth.push(cpu.read_bandwidth(&memory));
+        byte_products.push(cpu.byte_products());
+        for (rows, seconds) in plan.passes.iter().zip(&mut seconds) {
+            seconds.push(time_pass(&mut *lm, *rows)?);
+        }
+        step()?;
+    }
+    drop(memory);
+
+    let mut generate = None;
+    if plan.generate > 0 {
+        let tokens = tokens(plan.generate, shape.vocab_size);
+        let start = Instant::now();
+        for token in tokens {
+            lm.eval(&Batch::chain(&[token], None, Row(0), Want::Logits))?;
+            lm.keep(Some(Row(0)))?;
+        }
+        generate = Some(start.elapsed().as_secs_f64() / plan.generate as f64);
+        step()?;
+    }
+    let mut prompts = Vec::new();
+    for &len in &plan.prompts {
+        lm.truncate(0)?;
+        let tokens = tokens(len, shape.vocab_size);
+        let start = Instant::now();
+        extend(&mut *lm, &tokens)?;
+        prompts.push((len, len as f64 / start.elapsed().as_secs_f64()));
+        step()?;
+    }
+    Ok(Report {
+        device: model.device().describe(),
+        bandwidth: Spread::of(bandwidth),
+        byte_products: Spread::of(byte_products),
+        weight_bytes: shape.weight_bytes,
+        macs: shape.macs,
+        passes: plan.passes.iter().copied().zip(seconds.into_iter().map(Spread::of)).collect(),
+        prompts,
+        generate,
+    })
+}

@@ -1,0 +1,198 @@
+//! `mtad bench`: how fast a model runs here, and how near that is to what the machine can do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::{DeviceArgs, loading_bar, open_model, print_line};
+use crate::bench::{Plan, Report, Synthetic, measure};
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::model::Model;
+
+/// Time passes over a model, and compare them with what the machine can do at most
+///
+/// A pass over n rows takes at least max(weight bytes / read bandwidth, n x MACs / rate of byte
+/// products). Both limits are measured in the same rounds. Passes run over a cache of 128 rows,
+/// with logits for every row.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A GGUF file [default: the built-in target]
+    #[arg(long, short, value_name = "GGUF", conflicts_with = "synthetic")]
+    model: Option<PathBuf>,
+
+    /// A model of random weights: 68m, 160m, 1.1b, 3b, 7b or 13b, and a weight type
+    #[arg(long, value_name = "SHAPE:TYPE")]
+    synthetic: Option<Synthetic>,
+
+    /// Keep the synthetic model as a GGUF file
+    #[arg(long, value_name = "FILE", requires = "synthetic")]
+    keep: Option<PathBuf>,
+
+    /// Rows of the passes to time
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "1,2,4,8,16,32,64")]
+    passes: Vec<usize>,
+
+    /// Lengths of the prompts to time; 0 for none
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "128,512")]
+    prompt: Vec<usize>,
+
+    /// Tokens to generate one at a time; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    generate: usize,
+
+    /// How often each pass is timed
+    #[arg(long, value_name = "N", default_value_t = 9)]
+    rounds: usize,
+
+    /// Print one line of JSON instead of a table
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+pub(super) fn bench(args: &BenchArgs) -> Result<()> {
+    let device = args.device.load_options().device()?;
+    // A synthetic model lives in a file that is gone with the process, unless it is kept.
+    let mut scratch = None;
+    let file = match (&args.synthetic, &args.model) {
+        (Some(synthetic), _) => {
+            let path = match &args.keep {
+                Some(path) => path.clone(),
+                None => scratch.insert(Scratch::new()).0.clone(),
+            };
+            eprintln!("writing random weights to {}", path.display());
+            synthetic.write(&path)?;
+            Gguf::open(path)?
+        }
+        (None, Some(path)) => open_model(path)?,
+        (None, None) => open_model("builtin:target".as_ref())?,
+    };
+    let name = file.get_str("general.name").ok().flatten().unwrap_or(file.name()).to_owned();
+    let model = Model::load(Arc::new(file), &device, &mut loading_bar())?;
+    // The map keeps the file; where systems allow it, it is gone even if the process is killed.
+    #[cfg(unix)]
+    drop(scratch);
+    let plan = Plan {
+        passes: args.passes.clone(),
+        prompts: args.prompt.iter().copied().filter(|&n| n > 0).collect(),
+        generate: args.generate,
+        rounds: args.rounds,
+    };
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("timing {bar:40} {pos}/{len} {eta}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
+    let report = measure(&model, &plan, &mut |done, steps| {
+        bar.set_length(steps as u64);
+        bar.set_position(done as u64);
+        true
+    })?;
+    bar.finish_and_clear();
+    if args.json { print_line(to_json(&report)) } else { print(&name, &report) }
+}
+
+/// A file in the temporary folder that is removed when it is no longer needed.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        Scratch(std::env::temp_dir().join(format!("mtad-bench-{}.gguf", std::process::id())))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            eprintln!("mtad: {}", Error::io(self.0.display().to_string(), error));
+        }
+    }
+}
+
+const GIGA: f64 = 1e9;
+
+fn to_json(r: &Report) -> serde_json::Value {
+    let one = r.one_row();
+    let passes: Vec<_> = r
+        .passes
+        .iter()
+        .map(|(rows, s)| {
+            json!({
+                "rows": rows,
+                "ms_median": 1e3 * s.median,
+                "ms_min": 1e3 * s.min,
+                "ms_max": 1e3 * s.max,
+                "ratio": one.map(|one| s.median / one),
+                "roofline_ms": 1e3 * r.roofline(*rows),
+            })
+        })
+        .collect();
+    let prompt: Vec<_> =
+        r.prompts.iter().map(|(n, s)| json!({"tokens": n, "tokens_per_second": s})).collect();
+    let generate = r.generate.map(|seconds| {
+        let rate = r.weight_bytes as f64 / seconds;
+        json!({
+            "tokens_per_second": 1.0 / seconds,
+            "gb_s": rate / GIGA,
+            "bandwidth_share": rate / r.bandwidth.median,
+        })
+    });
+    // "cpu (avx2, 2 threads)": the kernels are named in the device's description.
+    let kernels = r.device.split(['(', ',']).nth(1).unwrap_or("").trim();
+    json!({
+        "device": r.device,
+        "kernels": kernels,
+        "bandwidth_gb_s": r.bandwidth.median / GIGA,
+        "int8_gmac_s": r.byte_products.median / GIGA,
+        "weights_bytes_per_pass": r.weight_bytes,
+        "macs_per_row": r.macs,
+        "passes": passes,
+        "prompt": prompt,
+        "generate": generate,
+    })
+}
+
+fn print(name: &str, r: &Report) -> Result<()> {
+    let spread = |s: &crate::bench::Spread| {
+        format!("{:.1} ({:.1} to {:.1})", s.median / GIGA, s.min / GIGA, s.max / GIGA)
+    };
+    print_line(format_args!("model      {name}"))?;
+    print_line(format_args!("device     {}", r.device))?;
+    print_line(format_args!("bandwidth  {} GB/s", spread(&r.bandwidth)))?;
+    print_line(format_args!("int8       {} GMAC/s in registers", spread(&r.byte_products)))?;
+    let (mb, mmac) = (r.weight_bytes as f64 / 1e6, r.macs as f64 / 1e6);
+    print_line(format_args!("a pass     reads {mb:.1} MB of weights; a row is {mmac:.1} MMAC"))?;
+    print_line("\n  rows   ms median      min      max  t(n)/t(1)  roofline  of it   GMAC/s")?;
+    for (rows, s) in &r.passes {
+        let ratio = r.one_row().map_or("-".to_owned(), |one| format!("{:.2}", s.median / one));
+        let limit = r.roofline(*rows);
+        print_line(format_args!(
+            "{rows:>6} {:>11.3} {:>8.3} {:>8.3} {ratio:>10} {:>9.3} {:>5.0}% {:>8.1}",
+            1e3 * s.median,
+            1e3 * s.min,
+            1e3 * s.max,
+            1e3 * limit,
+            100.0 * limit / s.median,
+            (rows * r.macs) as f64 / s.median / GIGA,
+        ))?;
+    }
+    print_line("")?;
+    if let Some(seconds) = r.generate {
+        let rate = r.weight_bytes as f64 / seconds;
+        print_line(format_args!(
+            "generate   {:.1} tokens/s, {:.1} GB/s of weights: {:.0}% of the bandwidth",
+            1.0 / seconds,
+            rate / GIGA,
+            100.0 * rate / r.bandwidth.median
+        ))?;
+    }
+    for (tokens, rate) in &r.prompts {
+        print_line(format_args!("prompt     {rate:.1} tokens/s at {tokens} tokens"))?;
+    }
+    Ok(())
+}
