@@ -81,7 +81,7 @@ impl Synthetic {
         };
         match cols % wanted.block_len() as u64 {
             0 => wanted,
-            _ if cols % 32 == 0 => Q8_0,
+            _ if cols.is_multiple_of(32) => Q8_0,
             _ => F16,
         }
     }

@@ -9,7 +9,7 @@ use mtad::quant::BlockType;
 /// A file or folder of the reference data: below `MTAD_SHARED`, or else below `../shared` beside
 /// the package. `None`, with a line that says so, where there is none; in CI that is a failure.
 pub fn shared(path: &str) -> Option<PathBuf> {
-    let root = match std::env::var_os("MTAD_SHARED") {
+    let root = match std::env::var_os("MTAD_SHARED").filter(|root| !root.is_empty()) {
         Some(root) => PathBuf::from(root),
         None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"),
     };

@@ -303,9 +303,8 @@ unsafe fn attend_group<S: Simd, E: Element>(
         // SAFETY: as above.
         unsafe {
             load_tile::<S, E>(g, layer, kv_head, tile, TILE, keys, values);
-            for row in 0..a.rows.len() {
-                row_step::<S>(a, g, heads.clone(), row, TILE, keys, values, state);
-            }
+            let rows = 0..a.rows.len();
+            rows_step::<S>(a, g, heads.clone(), rows, TILE, keys, values, state);
         }
     }
     // The line's rest is shared too; then each row goes on with its own path.
@@ -321,7 +320,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
             // SAFETY: as above.
             unsafe {
                 if count == TILE {
-                    row_step::<S>(a, g, heads.clone(), row, TILE, keys, values, state);
+                    rows_step::<S>(a, g, heads.clone(), row..row + 1, TILE, keys, values, state);
                     (count, shared) = (0, false);
                 }
                 let slot = a.rows.line + path.trailing_zeros() as usize;
@@ -331,7 +330,9 @@ unsafe fn attend_group<S: Simd, E: Element>(
             count += 1;
         }
         // SAFETY: as above.
-        unsafe { row_step::<S>(a, g, heads.clone(), row, count, keys, values, state) };
+        unsafe {
+            rows_step::<S>(a, g, heads.clone(), row..row + 1, count, keys, values, state);
+        }
     }
 
     for row in 0..a.rows.len() {
@@ -345,25 +346,42 @@ unsafe fn attend_group<S: Simd, E: Element>(
     }
 }
 
-/// Adds the first `count` positions of a tile to the state of one row, for each of its heads.
+/// Adds the first `count` positions of a tile to the states of some rows, for each of the heads.
+///
+/// Queries go four at a time: a vector of keys is loaded once for all, and their sums do not wait
+/// for each other. What a query gets does not depend on its neighbours.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn row_step<S: Simd>(
+unsafe fn rows_step<S: Simd>(
     a: &Attention<'_>,
     g: Geometry,
     heads: std::ops::Range<usize>,
-    row: usize,
+    rows: std::ops::Range<usize>,
     count: usize,
     keys: &[f32],
     values: &[f32],
     state: &mut [f32],
 ) {
     let state_len = 2 + g.padded;
-    let of_row = &mut state[row * heads.len() * state_len..][..heads.len() * state_len];
-    for (head, state) in heads.zip(of_row.chunks_exact_mut(state_len)) {
-        let q = &a.q[row * a.stride + head * g.head_dim..][..g.head_dim];
+    let all = rows.start * heads.len()..rows.end * heads.len();
+    let mut i = all.start;
+    while i < all.end {
+        let n = if i + 4 <= all.end { 4 } else { 1 };
+        let mut q = [&[][..]; 4];
+        for (j, q) in q[..n].iter_mut().enumerate() {
+            let (row, head) = ((i + j) / heads.len(), heads.start + (i + j) % heads.len());
+            *q = &a.q[row * a.stride + head * g.head_dim..][..g.head_dim];
+        }
+        let states = &mut state[i * state_len..(i + n) * state_len];
         // SAFETY: the caller's.
-        unsafe { tile_step::<S>(q, keys, values, g.padded, count, state) };
+        unsafe {
+            if n == 4 {
+                tile_step::<S, 4>(&q, keys, values, g, count, states);
+            } else {
+                tile_step::<S, 1>(&[q[0]], keys, values, g, count, states);
+            }
+        }
+        i += n;
     }
 }
 
@@ -423,78 +441,103 @@ unsafe fn load_slot<S: Simd, E: Element>(
     }
 }
 
-/// Adds the first `count` positions of a tile to the state of one row and head.
+/// Adds the first `count` positions of a tile to the states of `N` queries.
 #[inline(always)]
-unsafe fn tile_step<S: Simd>(
-    q: &[f32],
+unsafe fn tile_step<S: Simd, const N: usize>(
+    queries: &[&[f32]; N],
     keys: &[f32],
     values: &[f32],
-    padded: usize,
+    g: Geometry,
     count: usize,
-    state: &mut [f32],
+    states: &mut [f32],
 ) {
     let vectors = TILE / S::LANES;
-    // SAFETY: keys are q.len() x TILE, values TILE x padded, the state 2 + padded.
+    // SAFETY: keys are head_dim x TILE, values TILE x padded, each state 2 + padded.
     unsafe {
-        // No instruction set has vectors so short that a tile needs more than eight.
-        let mut scores = [S::f32(0.0); 8];
-        for (d, &x) in q.iter().enumerate() {
-            let x = S::f32(x);
-            let row = keys.as_ptr().add(d * TILE);
-            for (j, score) in scores[..vectors].iter_mut().enumerate() {
-                *score = S::fma(x, S::load(row.add(j * S::LANES)), *score);
+        // No instruction set has vectors so short that a tile needs more than eight. Pairs of
+        // them at a time, so that the sums of four queries stay in registers.
+        let mut p = [[0f32; TILE]; N];
+        let scale = S::f32(1.0 / (g.head_dim as f32).sqrt());
+        for first in (0..vectors).step_by(2) {
+            let mut scores = [[S::f32(0.0); 2]; N];
+            for d in 0..g.head_dim {
+                let at = keys.as_ptr().add(d * TILE + first * S::LANES);
+                let (k0, k1) = (S::load(at), S::load(at.add(S::LANES)));
+                for (scores, q) in scores.iter_mut().zip(queries) {
+                    let x = S::f32(*q.get_unchecked(d));
+                    scores[0] = S::fma(x, k0, scores[0]);
+                    scores[1] = S::fma(x, k1, scores[1]);
+                }
+            }
+            for (p, scores) in p.iter_mut().zip(scores) {
+                let at = p.as_mut_ptr().add(first * S::LANES);
+                S::store(at, S::mul(scores[0], scale));
+                S::store(at.add(S::LANES), S::mul(scores[1], scale));
             }
         }
-        let scale = S::f32(1.0 / (q.len() as f32).sqrt());
-        let mut p = [0f32; TILE];
-        for (j, score) in scores[..vectors].iter().enumerate() {
-            S::store(p.as_mut_ptr().add(j * S::LANES), S::mul(*score, scale));
+        for (p, state) in p.iter_mut().zip(states.chunks_exact_mut(2 + g.padded)) {
+            softmax_step::<S>(p, count, state);
+            let sums = state[2..].as_mut_ptr();
+            let mut d = 0;
+            while d < g.padded {
+                // Four vectors at a time hide the latency of the additions.
+                let n = ((g.padded - d) / S::LANES).min(4);
+                let mut acc = [S::f32(0.0); 4];
+                for (i, acc) in acc[..n].iter_mut().enumerate() {
+                    *acc = S::load(sums.add(d + i * S::LANES));
+                }
+                for (j, &p) in p[..count].iter().enumerate() {
+                    let row = values.as_ptr().add(j * g.padded + d);
+                    let p = S::f32(p);
+                    for (i, acc) in acc[..n].iter_mut().enumerate() {
+                        *acc = S::fma(p, S::load(row.add(i * S::LANES)), *acc);
+                    }
+                }
+                for (i, acc) in acc[..n].iter().enumerate() {
+                    S::store(sums.add(d + i * S::LANES), *acc);
+                }
+                d += n * S::LANES;
+            }
         }
-        p[count..].fill(f32::NEG_INFINITY);
+    }
+}
 
-        let mut largest = S::load(p.as_ptr());
-        for j in 1..vectors {
-            largest = S::max(largest, S::load(p.as_ptr().add(j * S::LANES)));
+/// Turns a tile's scores into weights relative to the largest score so far, and brings the state
+/// to that scale.
+#[inline(always)]
+unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], count: usize, state: &mut [f32]) {
+    p[count..].fill(f32::NEG_INFINITY);
+    // SAFETY: `p` is TILE long, the state 2 and then whole vectors.
+    unsafe {
+        let at = p.as_mut_ptr();
+        let mut largest = S::load(at);
+        for j in (S::LANES..TILE).step_by(S::LANES) {
+            largest = S::max(largest, S::load(at.add(j)));
         }
         let before = state[0];
         let now = before.max(max_lanes::<S>(largest));
-        for j in 0..vectors {
-            let at = p.as_mut_ptr().add(j * S::LANES);
-            S::store(at, exp::<S>(S::sub(S::load(at), S::f32(now))));
+        for j in (0..TILE).step_by(S::LANES) {
+            S::store(at.add(j), exp::<S>(S::sub(S::load(at.add(j)), S::f32(now))));
         }
         // The exponential of minus infinity is a small number, not 0.
         p[count..].fill(0.0);
-        let mut sum = S::load(p.as_ptr());
-        for j in 1..vectors {
-            sum = S::add(sum, S::load(p.as_ptr().add(j * S::LANES)));
+        let at = p.as_mut_ptr();
+        let mut sum = S::load(at);
+        for j in (S::LANES..TILE).step_by(S::LANES) {
+            sum = S::add(sum, S::load(at.add(j)));
+        }
+        let sum = sum_lanes::<S>(sum);
+        if now == before {
+            state[1] += sum;
+            return;
         }
         let mut correction = [0f32; 16];
         S::store(correction.as_mut_ptr(), exp::<S>(S::f32(before - now)));
-        let correction = correction[0];
         state[0] = now;
-        state[1] = state[1] * correction + sum_lanes::<S>(sum);
-
-        let c = S::f32(correction);
+        state[1] = state[1] * correction[0] + sum;
         let sums = state[2..].as_mut_ptr();
-        let mut d = 0;
-        while d < padded {
-            // Four vectors at a time hide the latency of the additions.
-            let n = ((padded - d) / S::LANES).min(4);
-            let mut acc = [S::f32(0.0); 4];
-            for (i, acc) in acc[..n].iter_mut().enumerate() {
-                *acc = S::mul(S::load(sums.add(d + i * S::LANES)), c);
-            }
-            for (j, &p) in p[..count].iter().enumerate() {
-                let row = values.as_ptr().add(j * padded + d);
-                let p = S::f32(p);
-                for (i, acc) in acc[..n].iter_mut().enumerate() {
-                    *acc = S::fma(p, S::load(row.add(i * S::LANES)), *acc);
-                }
-            }
-            for (i, acc) in acc[..n].iter().enumerate() {
-                S::store(sums.add(d + i * S::LANES), *acc);
-            }
-            d += n * S::LANES;
+        for d in (0..state.len() - 2).step_by(S::LANES) {
+            S::store(sums.add(d), S::mul(S::load(sums.add(d)), S::f32(correction[0])));
         }
     }
 }

@@ -112,8 +112,8 @@ impl fmt::Display for Isa {
 ///
 /// Calling any of them is sound only on a machine that has it; [`Isa::is_available`] says so.
 pub(super) struct Kernels {
-    /// The matrix kernels of a type, for 1, 2, ... activation rows.
-    pub matmul: fn(BlockType) -> &'static [Kernel],
+    /// The matrix kernels of a type.
+    pub matmul: fn(BlockType) -> matmul::Kernels,
     /// [`matmul::lay_out`].
     pub lay_out: unsafe fn(Form, &[f32], &mut [u32], usize, usize),
     /// [`rms_norm`].
@@ -194,15 +194,17 @@ macro_rules! compile {
                 unsafe { matmul::float::<$simd, W, N>(a) }
             }
 
-            fn for_format<F: Format>() -> &'static [Kernel] {
-                const { &[$(quantized::<F, $n>),*] }
+            fn for_format<F: Format>() -> matmul::Kernels {
+                let by_rows: &[Kernel] = const { &[$(quantized::<F, $n>),*] };
+                matmul::Kernels { by_rows, form: Form::of::<$simd, F>() }
             }
 
-            fn for_float<W: matmul::FloatWeights>() -> &'static [Kernel] {
-                const { &[$(float::<W, $n>),*] }
+            fn for_float<W: matmul::FloatWeights>() -> matmul::Kernels {
+                let by_rows: &[Kernel] = const { &[$(float::<W, $n>),*] };
+                matmul::Kernels { by_rows, form: Form::Float }
             }
 
-            fn matmul(block_type: BlockType) -> &'static [Kernel] {
+            fn matmul(block_type: BlockType) -> matmul::Kernels {
                 match block_type {
                     BlockType::F32 => for_float::<matmul::F32>(),
                     BlockType::F16 => for_float::<matmul::F16>(),

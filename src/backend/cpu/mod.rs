@@ -23,6 +23,7 @@ use std::ops::Range;
 use super::{Backend, CacheShape, Pass, RotaryPairs, Rows};
 use crate::error::{Error, Result};
 use crate::gguf::SharedTensor;
+use crate::quant::BlockType;
 use attention::{Attention, Layers, Scratch};
 use kernels::Kernels;
 use matmul::Form;
@@ -42,6 +43,9 @@ const ALONE_MACS: usize = 4 << 20;
 
 /// An operation on fewer elements than this is not worth a barrier.
 const ALONE_ELEMENTS: usize = 32 << 10;
+
+/// Products of one input that are computed together: queries, keys and values.
+const MOST_PRODUCTS: usize = 3;
 
 /// The CPU as a backend.
 #[derive(Debug)]
@@ -255,14 +259,14 @@ impl<T> Shared<T> {
     }
 }
 
-/// The share of `thread` in `0..count`.
-fn share(count: usize, thread: usize, threads: usize) -> Range<usize> {
-    count * thread / threads..count * (thread + 1) / threads
+/// The `part`-th of `parts` equal stretches of `0..count`.
+fn share(count: usize, part: usize, parts: usize) -> Range<usize> {
+    count * part / parts..count * (part + 1) / parts
 }
 
 thread_local! {
     /// Activations laid out for kernels; the leader's is used by all threads of a pass.
-    static LAID_OUT: RefCell<[Vec<u32>; 3]> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new()]) };
+    static LAID_OUT: RefCell<Vec<(Form, Vec<u32>)>> = const { RefCell::new(Vec::new()) };
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
@@ -272,13 +276,14 @@ impl CpuPass<'_> {
         if count * width < ALONE_ELEMENTS || count == 1 {
             (0..count).for_each(job);
         } else {
-            let threads = self.crew.threads();
-            self.crew.run(&|thread| share(count, thread, threads).for_each(&job));
+            let parts = self.crew.threads();
+            self.crew.run(parts, &|part| share(count, part, parts).for_each(&job));
         }
     }
 
     fn multiply(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)], add: bool) {
         let rows = x.rows();
+        assert!(to.len() <= MOST_PRODUCTS);
         for (matrix, out) in to.iter_mut() {
             assert_eq!((matrix.panels.cols, matrix.panels.rows), (x.width, out.width));
             if add {
@@ -288,29 +293,42 @@ impl CpuPass<'_> {
             }
         }
         LAID_OUT.with_borrow_mut(|laid_out| {
-            for form in [Form::Float, Form::Whole, Form::Halves] {
-                if to.iter().any(|(m, _)| Form::of(m.panels.block_type) == form) {
-                    self.lay_out(form, x, &mut laid_out[form as usize]);
-                }
+            // Products of one input mostly read one form of it, and never more than each its own.
+            let mut places = [0; MOST_PRODUCTS];
+            let mut forms = 0;
+            for (place, (matrix, _)) in places.iter_mut().zip(to.iter()) {
+                let form = (self.kernels.matmul)(matrix.panels.block_type).form;
+                *place = match laid_out[..forms].iter().position(|(f, _)| *f == form) {
+                    Some(at) => at,
+                    None => {
+                        if laid_out.len() == forms {
+                            laid_out.push((form, Vec::new()));
+                        }
+                        laid_out[forms].0 = form;
+                        self.lay_out(form, x, &mut laid_out[forms].1);
+                        forms += 1;
+                        forms - 1
+                    }
+                };
             }
             let targets: Vec<_> = to
                 .iter_mut()
-                .map(|(matrix, out)| (&**matrix, Shared(out.data.as_mut_ptr()), out.stride))
+                .zip(places)
+                .map(|((m, out), place)| (&**m, Shared(out.data.as_mut_ptr()), out.stride, place))
                 .collect();
-            let (laid_out, threads) = (&*laid_out, self.crew.threads());
-            self.crew.run(&|thread| {
-                for (matrix, out, stride) in &targets {
+            let (laid_out, parts) = (&*laid_out, self.crew.threads());
+            self.crew.run(parts, &|part| {
+                for (matrix, out, stride, place) in &targets {
                     let panels = &matrix.panels;
-                    let form = Form::of(panels.block_type);
                     // SAFETY: the activations were laid out in this form, with the tile of the
-                    // kernels; `out` has `rows` rows of `stride`, and each thread has panels of
+                    // kernels; `out` has `rows` rows of `stride`, and each part has panels of
                     // its own. The kernels are those of this machine.
                     unsafe {
                         matmul::multiply(
                             panels,
-                            share(panels.count(), thread, threads),
-                            (self.kernels.matmul)(panels.block_type),
-                            laid_out[form as usize].as_ptr(),
+                            share(panels.count(), part, parts),
+                            &(self.kernels.matmul)(panels.block_type),
+                            laid_out[*place].1.as_ptr(),
                             rows,
                             out.get(),
                             *stride,
@@ -325,7 +343,7 @@ impl CpuPass<'_> {
 
     /// Lays the rows of `x` out in tiles.
     fn lay_out(&self, form: Form, x: &Buffer, out: &mut Vec<u32>) {
-        let tile = (self.kernels.matmul)(crate::quant::BlockType::F32).len();
+        let tile = (self.kernels.matmul)(BlockType::F32).by_rows.len();
         let (rows, row_dwords) = (x.rows(), form.row_dwords(x.width));
         out.resize(rows * row_dwords, 0);
         let out = Shared(out.as_mut_ptr());
@@ -416,12 +434,12 @@ impl Pass<Cpu> for CpuPass<'_> {
             stride: q.stride,
         };
         let seen = self.rows.line + self.rows.len();
-        let threads = match seen * self.rows.len() * q.width {
+        let parts = match seen * self.rows.len() * q.width {
             n if n < ALONE_ELEMENTS => 1,
             _ => self.crew.threads(),
         };
-        let job = |thread: usize| {
-            let heads = share(heads, thread, threads);
+        let job = |part: usize| {
+            let heads = share(heads, part, parts);
             SCRATCH.with_borrow_mut(|scratch| {
                 // SAFETY: the rows were stored, so the layer has all their slots; heads are
                 // shared out without overlap; the kernels are this machine's.
@@ -433,7 +451,7 @@ impl Pass<Cpu> for CpuPass<'_> {
                 }
             });
         };
-        if threads == 1 { job(0) } else { self.crew.run(&job) }
+        self.crew.run(parts, &job);
     }
 
     fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {

@@ -1,27 +1,33 @@
-//! A team of threads for one forward pass.
+//! A team of threads for the operations of a forward pass.
 //!
 //! A pass is a few hundred short operations. Forking and joining a thread pool for each costs 2
-//! to 30 microseconds; so the pool is entered once per pass, and in between the threads meet at
-//! spinning barriers, which cost well under one. Threads spin a bounded time, then yield, so that
-//! a busy machine does not stall.
+//! to 30 microseconds, as much as some of them take. So the pool's threads are called once, then
+//! wait for operations by spinning, and stay a moment after the pass in case another follows, as
+//! it does in decoding.
+//!
+//! An operation is cut into parts, and whoever is there takes the next one. The leader never waits
+//! for a thread that has not begun: on a busy machine, where the system runs something else in
+//! its place, the leader does all parts itself. Which thread does which part has no say in the
+//! result.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
-/// Rounds of spinning before a waiting thread starts to yield: some tens of microseconds, longer
-/// than the serial stretches between operations.
+/// Rounds of spinning before a waiting thread yields, or goes home if no pass is under way: about
+/// a tenth of a millisecond.
 const SPINS: u32 = 4096;
 
-/// Threads that can be called together for a pass. The calling thread is one of them.
+/// Threads that work together during a pass. The calling thread is one of them.
 #[derive(Debug)]
 pub(super) struct Team {
     /// The other threads; none if one thread is all.
     pool: Option<rayon::ThreadPool>,
-    /// Held during a pass: two passes that each waited for a worker of the other would never end.
-    entered: Mutex<()>,
+    meeting: Arc<Meeting>,
+    /// Held during a pass: there is one leader at a time.
+    leading: Mutex<()>,
 }
 
 impl Team {
@@ -36,7 +42,7 @@ impl Team {
                     .build()?,
             ),
         };
-        Ok(Team { pool, entered: Mutex::new(()) })
+        Ok(Team { pool, meeting: Arc::default(), leading: Mutex::new(()) })
     }
 
     /// Threads in the team.
@@ -44,77 +50,102 @@ impl Team {
         1 + self.pool.as_ref().map_or(0, |pool| pool.current_num_threads())
     }
 
-    /// Calls the team together while `lead` runs on the calling thread; alone if `!together`.
+    /// Calls the team while `lead` runs on the calling thread; nobody if `!together`.
     pub fn enter<R>(&self, together: bool, lead: impl FnOnce(&Crew<'_>) -> R) -> R {
-        let meeting = Meeting::default();
-        match &self.pool {
-            Some(pool) if together => pool.in_place_scope(|scope| {
-                let _entered = self.entered.lock().unwrap_or_else(|e| e.into_inner());
-                let meeting = &meeting;
-                scope.spawn_broadcast(move |_, ctx| meeting.work(ctx.index() + 1));
-                let crew = Crew { meeting, threads: self.threads() };
-                // Dropped also when `lead` panics: the scope waits for the workers to leave.
-                let _dismiss = Dismiss(meeting);
-                lead(&crew)
-            }),
-            _ => lead(&Crew { meeting: &meeting, threads: 1 }),
+        let Some(pool) = self.pool.as_ref().filter(|_| together) else {
+            return lead(&Crew { meeting: None, threads: 1 });
+        };
+        let _leading = self.leading.lock().unwrap_or_else(|e| e.into_inner());
+        self.meeting.in_pass.store(true, Ordering::Release);
+        // Ends the pass also when `lead` panics.
+        let _end = EndOfPass(&self.meeting);
+        if self.meeting.present.load(Ordering::Acquire) == 0 {
+            let meeting = self.meeting.clone();
+            pool.spawn_broadcast(move |_| meeting.attend());
         }
+        lead(&Crew { meeting: Some(&self.meeting), threads: self.threads() })
     }
 }
 
-/// The team while it is together.
+/// The team during a pass.
 pub(super) struct Crew<'t> {
-    meeting: &'t Meeting,
+    meeting: Option<&'t Meeting>,
     threads: usize,
 }
 
 impl Crew<'_> {
-    /// Threads that take part.
+    /// Threads that may take part.
     pub fn threads(&self) -> usize {
         self.threads
     }
 
-    /// Runs `job(thread)` once on every thread and returns when all are done.
-    pub fn run(&self, job: &(dyn Fn(usize) + Sync)) {
-        if self.threads == 1 {
-            return job(0);
+    /// Runs `job(part)` once for each of `parts` parts, on whichever threads are there, and
+    /// returns when all are done.
+    pub fn run(&self, parts: usize, job: &(dyn Fn(usize) + Sync)) {
+        match self.meeting {
+            Some(meeting) if parts > 1 => meeting.call(parts, job),
+            _ => (0..parts).for_each(job),
         }
-        self.meeting.call(job, self.threads - 1);
     }
 }
 
 /// A job as the workers see it. The lifetime is erased: see [`Meeting::call`].
 type Job = *const (dyn Fn(usize) + Sync);
 
-/// Where leader and workers meet: a slot for the job at hand, and two counters.
+/// Where leader and workers meet.
 #[derive(Default)]
 struct Meeting {
-    /// Written by the leader only while no worker is at work.
-    job: UnsafeCell<Option<Job>>,
-    /// Counts jobs; a change tells the workers to read `job`.
-    epoch: AtomicUsize,
-    /// Workers that are done with the current job.
-    done: AtomicUsize,
+    /// The job at hand and its parts. Written by the leader only while nobody is at work.
+    job: UnsafeCell<Option<(Job, usize)>>,
+    /// The job's number (high half), whether it still takes helpers ([`OPEN`]), and how many
+    /// workers are at work on it (low bits).
+    state: AtomicU64,
+    /// The next part that nobody has taken.
+    next: AtomicUsize,
     /// What a worker panicked with.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Whether a pass is under way.
+    in_pass: AtomicBool,
+    /// Workers that were called and have not gone home.
+    present: AtomicUsize,
 }
 
-// SAFETY: `job` is written before `epoch` is released and read after it is acquired, and written
-// again only after every worker has released `done` (or, on dismissal, after the last call
-// returned), so it is never read and written at once. The pointee is `Sync`.
+/// In [`Meeting::state`]: the job takes helpers.
+const OPEN: u64 = 1 << 31;
+/// In [`Meeting::state`]: the count of helpers.
+const HELPERS: u64 = OPEN - 1;
+
+// SAFETY: `job` is written by the leader while the state is closed and counts no helper, and read
+// by workers only after they have counted themselves in while it was open; the leader waits for
+// the count to be 0 before it goes on. So it is never read and written at once, and its pointee,
+// which is `Sync`, is alive whenever it is used.
 unsafe impl Sync for Meeting {}
+// SAFETY: as above; the pointer in `job` is not used outside of a call.
+unsafe impl Send for Meeting {}
+
+impl std::fmt::Debug for Meeting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Meeting").field("present", &self.present).finish_non_exhaustive()
+    }
+}
 
 impl Meeting {
-    fn call(&self, job: &(dyn Fn(usize) + Sync), workers: usize) {
+    /// Runs a job with whoever helps.
+    fn call(&self, parts: usize, job: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. This function does not return, nor unwind, before
-        // every worker has counted itself done, after which none touches the job again.
+        // the job is closed and no helper is left, after which nobody touches it.
         let erased: Job = unsafe { std::mem::transmute(job as *const (dyn Fn(usize) + Sync + '_)) };
-        // SAFETY: no worker is at work: see `Sync` above.
-        unsafe { *self.job.get() = Some(erased) };
-        self.done.store(0, Ordering::Relaxed);
-        self.epoch.fetch_add(1, Ordering::Release);
-        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
-        wait(|| self.done.load(Ordering::Acquire) == workers);
+        // SAFETY: the last job is closed and has no helper: see `Sync` above.
+        unsafe { *self.job.get() = Some((erased, parts)) };
+        self.next.store(0, Ordering::Relaxed);
+        let number = (self.state.load(Ordering::Relaxed) >> 32) + 1;
+        self.state.store(number << 32 | OPEN, Ordering::Release);
+        let own = catch_unwind(AssertUnwindSafe(|| self.take_parts(parts, job)));
+        self.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0;
+        while self.state.load(Ordering::Acquire) & HELPERS != 0 {
+            pause(&mut spins);
+        }
         if let Err(panic) = own {
             resume_unwind(panic);
         }
@@ -124,44 +155,69 @@ impl Meeting {
         }
     }
 
-    /// A worker's life during one pass.
-    fn work(&self, thread: usize) {
-        let mut seen = 0;
+    fn take_parts(&self, parts: usize, job: &(dyn Fn(usize) + Sync)) {
         loop {
-            wait(|| self.epoch.load(Ordering::Acquire) != seen);
-            seen += 1;
-            // SAFETY: the leader wrote it before it released `epoch`.
-            let Some(job) = (unsafe { *self.job.get() }) else { return };
-            // SAFETY: the leader keeps the job alive until this worker is done.
-            let job = unsafe { &*job };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(thread))) {
-                *self.panic.lock().unwrap_or_else(|e| e.into_inner()) = Some(panic);
+            let part = self.next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                return;
             }
-            self.done.fetch_add(1, Ordering::Release);
+            job(part);
+        }
+    }
+
+    /// A worker's stay: helps with jobs until no pass has been under way for a while.
+    fn attend(&self) {
+        self.present.fetch_add(1, Ordering::AcqRel);
+        let (mut spins, mut last) = (0, 0);
+        loop {
+            let state = self.state.load(Ordering::Acquire);
+            let joined = state & OPEN != 0
+                && state >> 32 != last
+                && self
+                    .state
+                    .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
+                    .is_ok();
+            if joined {
+                (spins, last) = (0, state >> 32);
+                self.help();
+                self.state.fetch_sub(1, Ordering::Release);
+            } else if spins >= SPINS && !self.in_pass.load(Ordering::Acquire) {
+                break;
+            } else {
+                pause(&mut spins);
+            }
+        }
+        self.present.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Does parts of the job that this worker has counted itself into.
+    fn help(&self) {
+        // SAFETY: the leader wrote the job before it opened it, and neither changes nor frees it
+        // while this worker is counted.
+        let Some((job, parts)) = (unsafe { *self.job.get() }) else { return };
+        // SAFETY: as above.
+        let job = unsafe { &*job };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_parts(parts, job))) {
+            *self.panic.lock().unwrap_or_else(|e| e.into_inner()) = Some(panic);
         }
     }
 }
 
-/// Sends the workers home when the pass ends.
-struct Dismiss<'a>(&'a Meeting);
+/// Says that no operation follows for now.
+struct EndOfPass<'a>(&'a Meeting);
 
-impl Drop for Dismiss<'_> {
+impl Drop for EndOfPass<'_> {
     fn drop(&mut self) {
-        // SAFETY: every call has returned, so no worker is at work.
-        unsafe { *self.0.job.get() = None };
-        self.0.epoch.fetch_add(1, Ordering::Release);
+        self.0.in_pass.store(false, Ordering::Release);
     }
 }
 
-fn wait(ready: impl Fn() -> bool) {
-    let mut spins = 0;
-    while !ready() {
-        if spins < SPINS {
-            spins += 1;
-            std::hint::spin_loop();
-        } else {
-            std::thread::yield_now();
-        }
+fn pause(spins: &mut u32) {
+    if *spins < SPINS {
+        *spins += 1;
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
     }
 }
 
@@ -170,29 +226,59 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_runs_every_job_once() {
+    fn every_part_of_every_job_is_done_once() {
         let team = Team::new(4).unwrap();
-        let counts: Vec<AtomicUsize> = (0..4).map(|_| AtomicUsize::new(0)).collect();
-        team.enter(true, |crew| {
-            assert_eq!(crew.threads(), 4);
-            for _ in 0..1000 {
-                crew.run(&|t| {
-                    counts[t].fetch_add(1, Ordering::Relaxed);
-                });
-            }
-        });
-        assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1000));
+        let counts: Vec<AtomicUsize> = (0..7).map(|_| AtomicUsize::new(0)).collect();
+        for _ in 0..100 {
+            team.enter(true, |crew| {
+                assert_eq!(crew.threads(), 4);
+                for _ in 0..100 {
+                    crew.run(7, &|part| {
+                        counts[part].fetch_add(1, Ordering::Relaxed);
+                    });
+                    let sum: usize = counts.iter().map(|c| c.load(Ordering::Relaxed)).sum();
+                    assert_eq!(sum % 7, 0, "a part was not done when the job returned");
+                }
+            });
+        }
+        assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 10_000));
     }
 
     #[test]
-    fn a_panic_on_any_thread_reaches_the_caller_and_the_team_goes_on() {
+    fn leaders_on_several_threads_do_not_disturb_each_other() {
         let team = Team::new(3).unwrap();
-        for bad in 0..3 {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let sum = AtomicUsize::new(0);
+                        team.enter(true, |crew| {
+                            crew.run(5, &|part| {
+                                sum.fetch_add(part, Ordering::Relaxed);
+                            });
+                        });
+                        assert_eq!(sum.into_inner(), 10);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_in_any_part_reaches_the_caller_and_the_team_goes_on() {
+        let team = Team::new(3).unwrap();
+        for bad in 0..6 {
             let caught = catch_unwind(AssertUnwindSafe(|| {
-                team.enter(true, |crew| crew.run(&|t| assert_ne!(t, bad, "on purpose")));
+                team.enter(true, |crew| crew.run(6, &|part| assert_ne!(part, bad, "on purpose")));
             }));
             assert!(caught.is_err());
         }
-        assert_eq!(team.enter(true, |crew| crew.threads()), 3);
+        let done = AtomicUsize::new(0);
+        team.enter(true, |crew| {
+            crew.run(6, &|_| {
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(done.into_inner(), 6);
     }
 }
