@@ -139,7 +139,6 @@ fn quantize<const SUBS: usize>(x: &[f32], offset: u32, tile: &mut [u32], r: usiz
 /// out for it, and outputs that nobody else uses; the CPU has `S`.
 #[inline(always)]
 pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
-    let has_offset = !matches!(Form::of::<S, F>(), Form::Bytes { offset: 0, .. });
     let (blocks, values) = (a.cols / BLOCK, a.panel.wrapping_add(a.scale_bytes));
     for lane in (0..ROWS).step_by(S::LANES) {
         // SAFETY: all reads are inside the panel and the tile, whose sizes follow from `cols`.
@@ -155,39 +154,59 @@ pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
                     let scales = b * F::SCALE_BYTES / F::SCALE_BLOCKS;
                     S::prefetch(a.prefetch.wrapping_add(scales));
                 }
-                let q = F::Values::unpack::<S>(values.add(at + 4 * lane));
+                let plane = values.add(at + 4 * lane);
                 let set = a.panel.add(b / F::SCALE_BLOCKS * F::SCALE_BYTES);
-                let scales = F::scales::<S>(set, lane, b % F::SCALE_BLOCKS);
-                for (s, &[scale, minimum]) in scales[..F::SUBS].iter().enumerate() {
-                    let mut acc = [S::i32(0); N];
-                    if has_offset {
-                        for (r, acc) in acc.iter_mut().enumerate() {
-                            *acc = S::i32(*tile.add((9 + s) * N + r) as i32);
-                        }
-                    }
-                    // (Indices and not iterators: those are not unrolled for two parts.)
-                    for i in 0..8 / F::SUBS {
-                        let g = s * (8 / F::SUBS) + i;
-                        for (r, acc) in acc.iter_mut().enumerate() {
-                            let x = S::i32(*tile.add(g * N + r) as i32);
-                            *acc = match F::Values::WIDE {
-                                true => S::dot_wide(*acc, q[g], x),
-                                false => S::dot(*acc, q[g], x),
-                            };
-                        }
-                    }
-                    for r in 0..N {
-                        let d = S::f32(f32::from_bits(*tile.add(8 * N + r)));
-                        sums[r] = S::fma(S::mul(S::to_f32(acc[r]), d), scale, sums[r]);
-                        if F::MINIMA {
-                            let sum = *tile.add((9 + F::SUBS + s) * N + r);
-                            sums[r] = S::fma(S::f32(f32::from_bits(sum)), minimum, sums[r]);
-                        }
-                    }
+                let [first, second] = F::scales::<S>(set, lane, b % F::SCALE_BLOCKS);
+                part::<S, F, N, 0>(plane, tile, first, &mut sums);
+                if F::SUBS == 2 {
+                    part::<S, F, N, 1>(plane, tile, second, &mut sums);
                 }
                 tile = tile.add(N * block_dwords(F::SUBS));
             }
             finish::<S, N>(a, lane, sums);
+        }
+    }
+}
+
+/// Adds the part `SUB` of a block, which has a scale of its own, to the sums of `N` rows.
+#[inline(always)]
+unsafe fn part<S: Simd, F: Format, const N: usize, const SUB: usize>(
+    plane: *const u8,
+    tile: *const u32,
+    [scale, minimum]: [S::F; 2],
+    sums: &mut [S::F; N],
+) {
+    let has_offset = !matches!(Form::of::<S, F>(), Form::Bytes { offset: 0, .. });
+    // SAFETY: the caller's, [`quantized`].
+    unsafe {
+        let mut acc = [S::i32(0); N];
+        if has_offset {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                *acc = S::i32(*tile.add((9 + SUB) * N + r) as i32);
+            }
+        }
+        macro_rules! groups {
+            ($($g:literal)*) => {$(
+                if $g * F::SUBS / 8 == SUB {
+                    let q = F::Values::group::<S>(plane, $g);
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let x = S::i32(*tile.add($g * N + r) as i32);
+                        *acc = match F::Values::WIDE {
+                            true => S::dot_wide(*acc, q, x),
+                            false => S::dot(*acc, q, x),
+                        };
+                    }
+                }
+            )*};
+        }
+        groups!(0 1 2 3 4 5 6 7);
+        for r in 0..N {
+            let d = S::f32(f32::from_bits(*tile.add(8 * N + r)));
+            sums[r] = S::fma(S::mul(S::to_f32(acc[r]), d), scale, sums[r]);
+            if F::MINIMA {
+                let sum = *tile.add((9 + F::SUBS + SUB) * N + r);
+                sums[r] = S::fma(S::f32(f32::from_bits(sum)), minimum, sums[r]);
+            }
         }
     }
 }

@@ -225,11 +225,14 @@ pub(super) trait Values {
     /// Writes the values of one row into its lane.
     fn pack(q: &[u8], lane: usize, plane: &mut [u8]);
 
-    /// Eight vectors; byte `i` of a lane of vector `g` is column `4g + i`.
+    /// Group `g` of eight: byte `i` of a lane is column `4g + i`. (`g` is known when this is
+    /// compiled. A group at a time, because the compiler then keeps the order of the kernel's
+    /// products; with all eight at once it puts those of one activation row in sequence, and they
+    /// wait for each other: a third slower.)
     ///
     /// # Safety
     /// As [`Simd`]'s loads: `plane` points at the lane's dword of a block.
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8];
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I;
 }
 
 /// The dword of a lane in vector `v` of a plane.
@@ -259,74 +262,56 @@ fn pack_bit(q: &[u8], shift: u32, lane: usize, plane: &mut [u8]) {
     }
 }
 
+/// Group `g` of a nibble plane.
 #[inline(always)]
-unsafe fn nibbles<S: Simd>(plane: *const u8) -> [S::I; 8] {
+unsafe fn nibbles<S: Simd>(plane: *const u8, g: usize) -> S::I {
     // SAFETY: the caller's; the plane has four vectors.
     unsafe {
-        let mask = S::i32(0x0f0f_0f0f);
-        let mut q = [mask; 8];
-        for v in 0..4 {
-            let w = S::load_i(plane.add(64 * v));
-            q[v] = S::and(w, mask);
-            q[v + 4] = S::and(S::shr::<4>(w), mask);
-        }
-        q
+        let w = S::load_i(plane.add(64 * (g % 4)));
+        S::and(if g < 4 { w } else { S::shr::<4>(w) }, S::i32(0x0f0f_0f0f))
     }
 }
 
-/// Bit `g` of a 1-bit plane, for each group `g`, at bit `AT` of its byte (2 or 4).
+/// Group `g` of a 2-bit plane, at bit `AT` of its bytes (0 or 4).
+///
+/// A 32-bit shift moves bits between bytes, but never onto those that the mask lets through.
 #[inline(always)]
-unsafe fn bits<S: Simd, const AT: u32>(plane: *const u8) -> [S::I; 8] {
-    // SAFETY: the caller's; the plane has one vector. A 32-bit shift moves bits between bytes,
-    // but never onto the one that the mask lets through.
+unsafe fn two_bits<S: Simd, const AT: u32>(plane: *const u8, g: usize) -> S::I {
+    // SAFETY: the caller's; the plane has two vectors.
+    unsafe {
+        let w = S::load_i(plane.add(64 * (g / 4)));
+        let shifted = match AT as i32 - 2 * (g as i32 % 4) {
+            4 => S::shl::<4>(w),
+            2 => S::shl::<2>(w),
+            0 => w,
+            -2 => S::shr::<2>(w),
+            -4 => S::shr::<4>(w),
+            _ => S::shr::<6>(w),
+        };
+        S::and(shifted, S::i32(i32::from_le_bytes([3 << AT; 4])))
+    }
+}
+
+/// Group `g` of a 1-bit plane, at bit `AT` of its bytes (2 or 4).
+#[inline(always)]
+unsafe fn bits<S: Simd, const AT: u32>(plane: *const u8, g: usize) -> S::I {
+    // SAFETY: the caller's; the plane has one vector.
     unsafe {
         let w = S::load_i(plane);
-        let mask = S::i32(i32::from_le_bytes([1 << AT; 4]));
-        let shifted = if AT == 4 {
-            [
-                S::shl::<4>(w),
-                S::shl::<3>(w),
-                S::shl::<2>(w),
-                S::shl::<1>(w),
-                w,
-                S::shr::<1>(w),
-                S::shr::<2>(w),
-                S::shr::<3>(w),
-            ]
-        } else {
-            [
-                S::shl::<2>(w),
-                S::shl::<1>(w),
-                w,
-                S::shr::<1>(w),
-                S::shr::<2>(w),
-                S::shr::<3>(w),
-                S::shr::<4>(w),
-                S::shr::<5>(w),
-            ]
+        let shifted = match AT as i32 - g as i32 {
+            4 => S::shl::<4>(w),
+            3 => S::shl::<3>(w),
+            2 => S::shl::<2>(w),
+            1 => S::shl::<1>(w),
+            0 => w,
+            -1 => S::shr::<1>(w),
+            -2 => S::shr::<2>(w),
+            -3 => S::shr::<3>(w),
+            -4 => S::shr::<4>(w),
+            _ => S::shr::<5>(w),
         };
-        and_all::<S>(shifted, mask)
+        S::and(shifted, S::i32(i32::from_le_bytes([1 << AT; 4])))
     }
-}
-
-// Loops instead of `map` and closures: those are functions of their own, and one that is not
-// inlined would be compiled without the instruction set.
-#[inline(always)]
-unsafe fn and_all<S: Simd>(mut a: [S::I; 8], mask: S::I) -> [S::I; 8] {
-    for a in &mut a {
-        // SAFETY: the caller's; no memory is touched.
-        *a = unsafe { S::and(*a, mask) };
-    }
-    a
-}
-
-#[inline(always)]
-unsafe fn or_all<S: Simd>(mut a: [S::I; 8], b: [S::I; 8]) -> [S::I; 8] {
-    for (a, b) in a.iter_mut().zip(b) {
-        // SAFETY: the caller's; no memory is touched.
-        *a = unsafe { S::or(*a, b) };
-    }
-    a
 }
 
 /// Four bits: a nibble plane.
@@ -341,9 +326,9 @@ impl Values for Nibbles {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
         // SAFETY: the caller's.
-        unsafe { nibbles::<S>(plane) }
+        unsafe { nibbles::<S>(plane, g) }
     }
 }
 
@@ -360,9 +345,9 @@ impl Values for FiveBits {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
         // SAFETY: the caller's.
-        unsafe { or_all::<S>(nibbles::<S>(plane), bits::<S, 4>(plane.add(256))) }
+        unsafe { S::or(nibbles::<S>(plane, g), bits::<S, 4>(plane.add(256), g)) }
     }
 }
 
@@ -379,46 +364,14 @@ impl Values for SixBits {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
-        // SAFETY: the caller's; as in `bits`, the mask undoes what shifts carry over.
-        unsafe {
-            let (v, w) = (S::load_i(plane.add(256)), S::load_i(plane.add(320)));
-            let high = [
-                S::shl::<4>(v),
-                S::shl::<2>(v),
-                v,
-                S::shr::<2>(v),
-                S::shl::<4>(w),
-                S::shl::<2>(w),
-                w,
-                S::shr::<2>(w),
-            ];
-            or_all::<S>(nibbles::<S>(plane), and_all::<S>(high, S::i32(0x3030_3030)))
-        }
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
+        // SAFETY: the caller's.
+        unsafe { S::or(nibbles::<S>(plane, g), two_bits::<S, 4>(plane.add(256), g)) }
     }
 }
 
 /// Two bits: a 2-bit plane.
 pub(super) struct TwoBits;
-
-#[inline(always)]
-unsafe fn two_bits<S: Simd>(plane: *const u8) -> [S::I; 8] {
-    // SAFETY: the caller's; the plane has two vectors.
-    unsafe {
-        let (v, w) = (S::load_i(plane), S::load_i(plane.add(64)));
-        let shifted = [
-            v,
-            S::shr::<2>(v),
-            S::shr::<4>(v),
-            S::shr::<6>(v),
-            w,
-            S::shr::<2>(w),
-            S::shr::<4>(w),
-            S::shr::<6>(w),
-        ];
-        and_all::<S>(shifted, S::i32(0x0303_0303))
-    }
-}
 
 impl Values for TwoBits {
     const BYTES: usize = 128;
@@ -429,9 +382,9 @@ impl Values for TwoBits {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
         // SAFETY: the caller's.
-        unsafe { two_bits::<S>(plane) }
+        unsafe { two_bits::<S, 0>(plane, g) }
     }
 }
 
@@ -448,9 +401,9 @@ impl Values for ThreeBits {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
         // SAFETY: the caller's.
-        unsafe { or_all::<S>(two_bits::<S>(plane), bits::<S, 2>(plane.add(128))) }
+        unsafe { S::or(two_bits::<S, 0>(plane, g), bits::<S, 2>(plane.add(128), g)) }
     }
 }
 
@@ -468,15 +421,9 @@ impl Values for Bytes {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
         // SAFETY: the caller's; the plane has eight vectors.
-        unsafe {
-            let mut q = [S::i32(0); 8];
-            for (v, q) in q.iter_mut().enumerate() {
-                *q = S::load_i(plane.add(64 * v));
-            }
-            q
-        }
+        unsafe { S::load_i(plane.add(64 * g)) }
     }
 }
 
@@ -492,7 +439,7 @@ impl Values for Nonlinear {
     }
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(plane: *const u8) -> [S::I; 8] {
+    unsafe fn group<S: Simd>(plane: *const u8, g: usize) -> S::I {
         const TABLE: [u8; 16] = {
             let mut table = [0; 16];
             let mut i = 0;
@@ -503,13 +450,7 @@ impl Values for Nonlinear {
             table
         };
         // SAFETY: the caller's.
-        unsafe {
-            let mut q = nibbles::<S>(plane);
-            for q in &mut q {
-                *q = S::lookup(&TABLE, *q);
-            }
-            q
-        }
+        unsafe { S::lookup(&TABLE, nibbles::<S>(plane, g)) }
     }
 }
 
