@@ -18,7 +18,7 @@ use mtad::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// The strategies to run.
-pub const STRATEGIES: [Strategy; 2] = [Strategy::Speculative, Strategy::Mtad];
+pub const STRATEGIES: [Strategy; 3] = [Strategy::Speculative, Strategy::Mtad, Strategy::Mmtad];
 
 #[derive(Parser)]
 #[command(about = "Runs the decoders on bigram tables")]
@@ -50,6 +50,13 @@ pub struct Entry {
     with_replacement: bool,
     /// Generated tokens of a sequence, at least.
     sequence_tokens: usize,
+}
+
+impl Entry {
+    /// The logits of target and draft.
+    pub fn tables(&self) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+        (self.target_logits.clone(), self.draft_logits.clone())
+    }
 }
 
 /// What a strategy reached on an entry.
@@ -124,6 +131,7 @@ pub fn run(entry: &Entry, strategy: Strategy, sequences: usize, seed: u64) -> Re
         },
         seed,
         score: true,
+        ..Settings::default()
     })?;
     // Another stream than that of the draws.
     let mut beginnings = Rng::new(!seed);
