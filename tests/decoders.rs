@@ -273,7 +273,7 @@ fn the_reference_figures_are_reached() {
     for (i, entry) in entries.iter().enumerate() {
         let mut nlls = Vec::new();
         for strategy in table_model::STRATEGIES {
-            let found = table_model::run(entry, strategy, 600, 20).unwrap();
+            let found = table_model::run(entry, &entry.settings(strategy), 600, 20).unwrap();
             let reference = &json[i]["stats"][strategy.to_string()];
             let number = |key: &str| reference[key].as_f64().unwrap();
             for (name, value, se) in [
@@ -1100,4 +1100,183 @@ fn beam_search_finds_what_greedy_decoding_misses() {
         let settings = Settings { strategy, gamma: 3, warp, ..Settings::default() };
         assert_eq!(pair.decode(&settings, &[0], 6), [2, 3, 0, 2, 3, 0]);
     }
+}
+
+/// A model whose passes take the time that a table says, on a clock of their own.
+struct Timed<'t> {
+    inner: TableLm,
+    cost: Box<dyn Fn(usize) -> f64 + Send + 't>,
+    clock: f64,
+}
+
+impl Lm for Timed<'_> {
+    fn vocab_size(&self) -> usize {
+        self.inner.vocab_size()
+    }
+
+    fn committed(&self) -> usize {
+        self.inner.committed()
+    }
+
+    fn capacity(&self) -> usize {
+        self.inner.capacity()
+    }
+
+    fn eval(&mut self, batch: &Batch<'_>) -> Result<&Outputs> {
+        self.clock += (self.cost)(batch.len());
+        self.inner.eval(batch)
+    }
+
+    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
+        self.inner.keep(tip)
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.inner.truncate(len)
+    }
+}
+
+/// Seconds on the virtual clock for so many tokens with each of the drafts, one after the other.
+fn virtual_seconds(
+    settings: &Settings,
+    costs: &CostTable,
+    target: &[Vec<f32>],
+    drafts: &[Vec<Vec<f32>>],
+    tokens: usize,
+) -> f64 {
+    let timed = |table: &[Vec<f32>], cost: Box<dyn Fn(usize) -> f64 + Send>| Timed {
+        inner: TableLm::new(table.to_vec()).unwrap(),
+        cost,
+        clock: 0.0,
+    };
+    let table = costs.clone();
+    let mut target = timed(target, Box::new(move |rows| table.target(rows)));
+    let mut decoding = Decoding::new(settings.clone()).unwrap();
+    let mut total = 0.0;
+    for (i, draft) in drafts.iter().enumerate() {
+        let table = costs.clone();
+        let mut draft = timed(draft, Box::new(move |rows| table.draft(rows)));
+        if i == 0 {
+            decoding.start(&mut Models::pair(&mut target, &mut draft), &[0]).unwrap();
+        } else {
+            // What the last draft had evaluated, this one has, too.
+            let line = &decoding.text()[..decoding.text().len() - 1];
+            mtad::model::lm::extend(&mut draft, line).unwrap();
+        }
+        (target.clock, draft.clock) = (0.0, 0.0);
+        let until = tokens * (i + 1);
+        while decoding.generated().len() < until {
+            decoding.next_block(&mut Models::pair(&mut target, &mut draft)).unwrap();
+        }
+        total += target.clock + draft.clock;
+    }
+    total / decoding.generated().len() as f64 * (tokens * drafts.len()) as f64
+}
+
+#[test]
+fn the_controller_is_about_as_fast_as_the_best_fixed_choice() {
+    let mut rng = Rng::new(29);
+    let vocab = 24;
+    let target = random_table(vocab, &mut rng);
+    let other = random_table(vocab, &mut rng);
+    let like = |likeness: f32| -> Vec<Vec<f32>> {
+        let mix = |t: &f32, o: &f32| likeness * t + (1.0 - likeness) * o;
+        target
+            .iter()
+            .zip(&other)
+            .map(|(t, o)| t.iter().zip(o).map(|(t, o)| mix(t, o)).collect())
+            .collect()
+    };
+    let (useful, fair, useless) = (like(0.9), like(0.6), like(0.0));
+    // Passes whose rows are nearly free, and others that cost more than half a pass each.
+    let cheap = CostTable::new(
+        vec![(1, 10.0), (2, 10.2), (4, 10.6), (8, 11.5), (16, 13.0), (32, 17.0)],
+        vec![(1, 1.0), (2, 1.05), (4, 1.1), (8, 1.3)],
+    )
+    .unwrap();
+    let dear_rows = CostTable::new(
+        vec![(1, 10.0), (2, 14.0), (4, 21.0), (8, 36.0), (16, 70.0), (32, 140.0)],
+        vec![(1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5)],
+    )
+    .unwrap();
+    let dear_draft = CostTable::new(cheap.target_entries().to_vec(), vec![(1, 10.0), (8, 12.0)]);
+    let dear_draft = dear_draft.unwrap();
+    let cases: [(&str, &CostTable, Vec<&Vec<Vec<f32>>>); 8] = [
+        ("useful draft", &cheap, vec![&useful]),
+        ("fair draft", &cheap, vec![&fair]),
+        ("useless draft", &cheap, vec![&useless]),
+        ("useful draft, dear rows", &dear_rows, vec![&useful]),
+        ("useless draft, dear rows", &dear_rows, vec![&useless]),
+        ("draft as dear as the target", &dear_draft, vec![&useful]),
+        ("draft that gets worse", &cheap, vec![&useful, &useless]),
+        ("draft that gets better", &cheap, vec![&useless, &useful]),
+    ];
+    let mut worst: f64 = 0.0;
+    for tau in [0.1, 0.7] {
+        for (name, costs, drafts) in &cases {
+            let drafts: Vec<_> = drafts.iter().map(|&draft| draft.clone()).collect();
+            let tokens = 6000 / drafts.len();
+            let seconds = |settings: Settings| {
+                let settings = Settings { tau, ..settings };
+                virtual_seconds(&settings, costs, &target, &drafts, tokens)
+            };
+            let auto = Settings {
+                strategy: Strategy::Auto,
+                costs: Some(Arc::new((*costs).clone())),
+                ..Settings::default()
+            };
+            let auto = seconds(auto);
+            let sample = Settings { strategy: Strategy::Sample, ..Settings::default() };
+            let mut best = (seconds(sample), "sample".to_owned());
+            for strategy in [Strategy::Speculative, Strategy::Mtad, Strategy::Mmtad] {
+                for gamma in 2..=8 {
+                    let settings = Settings { strategy, gamma, ..Settings::default() };
+                    let found = seconds(settings);
+                    if found < best.0 {
+                        best = (found, format!("{strategy} {gamma}"));
+                    }
+                }
+            }
+            let ratio = auto / best.0;
+            println!("tau {tau} {name}: {ratio:.3} of {}", best.1);
+            worst = worst.max(ratio);
+        }
+    }
+    assert!(worst < 1.05, "{worst}");
+}
+
+#[test]
+fn the_controller_decides_by_counts_alone() {
+    let mut rng = Rng::new(30);
+    let pair = Pair::random(30, &mut rng);
+    let settings =
+        Settings { strategy: Strategy::Auto, costs: cheap_draft(), ..Settings::default() };
+    let run = || {
+        let mut pair = pair.fresh();
+        let mut decoding = Decoding::new(settings.clone()).unwrap();
+        decoding.start(&mut pair.models(), &[0]).unwrap();
+        for i in 0..100 {
+            if i % 20 == 0 {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            decoding.next_block(&mut pair.models()).unwrap();
+        }
+        (decoding.text().to_vec(), decoding.decisions().unwrap())
+    };
+    let (text, decisions) = run();
+    assert_eq!((text, decisions.clone()), run());
+    assert_eq!(decisions.rounds.iter().map(|(_, rounds)| rounds).sum::<u64>(), 100);
+    // Without a table one is measured, and used again by the next start.
+    let mut pair = pair.fresh();
+    let mut decoding = Decoding::new(Settings { costs: None, ..settings }).unwrap();
+    decoding.start(&mut pair.models(), &[0, 1, 2]).unwrap();
+    let measured = decoding.settings().costs.clone().expect("it was measured");
+    assert_eq!(measured.target_entries().len(), CostTable::TARGET_ROWS.len());
+    pair.assert_lines_are_prefixes(decoding.text());
+    decoding.next_block(&mut pair.models()).unwrap().unwrap();
+    let passes = pair.target.passes.len();
+    decoding.start(&mut pair.models(), &[0, 1, 2]).unwrap();
+    assert_eq!(decoding.settings().costs.as_deref(), Some(&*measured));
+    assert_eq!(pair.target.passes.len(), passes);
+    assert!(decoding.plain_seconds(&mut pair.models()).unwrap().unwrap() > 0.0);
 }

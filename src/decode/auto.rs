@@ -21,11 +21,11 @@ use crate::error::{Error, Result};
 /// The longest draft that the controller chooses.
 pub(super) const MOST_GAMMA: usize = 8;
 /// Rounds after which a count is worth 1 / e.
-const MEMORY: f64 = 48.0;
+const MEMORY: f64 = 150.0;
 /// The prior counts as so many rounds.
-const PRIOR: f64 = 1.0;
+const PRIOR: f64 = 4.0;
 /// What others may yield at best, in terms of their prior, before they are tried.
-const OPTIMISM: f64 = 1.25;
+const OPTIMISM: f64 = 1.5;
 /// Trials may cost this share of the time.
 const TRIALS: f64 = 0.02;
 /// Trials may cost so many plain passes from the start.
@@ -97,6 +97,15 @@ const WAYS: [(Strategy, usize, f64); 8] = [
     (Strategy::Mmtad, 8, 0.89),
 ];
 
+/// A strategy's place among those that the controller chooses from.
+fn family(strategy: Strategy) -> usize {
+    match strategy {
+        Strategy::Speculative => 0,
+        Strategy::Mtad => 1,
+        _ => 2,
+    }
+}
+
 fn way_of(strategy: Strategy, width: usize) -> usize {
     let found = WAYS.iter().position(|way| (way.0, way.1) == (strategy, width));
     found.expect("only ways are asked for")
@@ -113,8 +122,9 @@ pub struct Auto {
     settings: Settings,
     /// Accepted tokens by way and draft length - 1.
     accepted: [[Estimate; MOST_GAMMA]; WAYS.len()],
-    /// Accepted tokens in terms of the prior, over all.
-    likeness: Estimate,
+    /// Accepted tokens in terms of the prior, by strategy: the rules differ too much for one to
+    /// tell of another.
+    likeness: [Estimate; 3],
     /// Rounds so far.
     now: u64,
     /// Seconds so far, by the table, and how many of them trials have cost.
@@ -217,7 +227,7 @@ impl Auto {
     ) -> f64 {
         let gamma = choice.gamma;
         let usual = prior(WAYS[way].2, gamma);
-        let likeness = self.likeness.mean(1.0, 4.0, self.now, hopeful);
+        let likeness = self.likeness[family(WAYS[way].0)].mean(1.0, 4.0, self.now, hopeful);
         let factor = if hopeful { OPTIMISM * likeness } else { likeness };
         let estimate = &self.accepted[way][gamma - 1];
         let prior = (usual * factor).min(gamma as f64);
@@ -283,9 +293,15 @@ impl Auto {
                 _ => {}
             }
         }
+        let mut compare = |strategy, width: usize, accepted: f64| {
+            let usual = prior(WAYS[way_of(strategy, width)].2, gamma);
+            self.likeness[family(strategy)].add(self.now, usual, accepted);
+        };
         if gamma > 0 {
-            let usual = prior(WAYS[way_of(strategy, beam_width)].2, gamma);
-            self.likeness.add(self.now, usual, block.accepted as f64);
+            compare(strategy, beam_width, block.accepted as f64);
+        }
+        if strategy == Strategy::Mtad && beam_width == 1 {
+            compare(Strategy::Speculative, 1, expected);
         }
     }
 

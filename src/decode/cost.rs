@@ -42,8 +42,8 @@ impl CostTable {
 
     /// Measures both models on their lines, on to which nothing is committed. `token` is any.
     ///
-    /// Each size is measured once, and small ones that take little time some times more, of which
-    /// the fastest counts.
+    /// Each size is measured once, and if passes are fast all of them some times more, in turns;
+    /// the median counts, so that a busy machine is seen as it is and a hiccup is not.
     ///
     /// # Errors
     /// What the models report; [`Error::Invalid`] without a draft.
@@ -95,48 +95,53 @@ fn seconds(
     warp: &Warp,
     draft: Option<Option<usize>>,
 ) -> Result<Vec<(usize, f64)>> {
-    /// Less than this is measured again, until it was measured for so long together.
-    const ENOUGH: f64 = 0.02;
+    /// Sizes are measured again until it took so long together.
+    const ENOUGH: f64 = 0.1;
+    const MOST_TURNS: usize = 15;
     let want = want(warp, lm, vocab, draft.flatten(), false);
     let mut p = Distribution::default();
     let mut rng = Rng::new(0);
-    let mut entries: Vec<(usize, f64)> = Vec::new();
     if lm.committed() >= lm.capacity() {
         // A draft whose context is full; what it loses it would catch up on.
         lm.truncate(lm.capacity().saturating_sub(1))?;
     }
-    for &rows in sizes.iter().filter(|&&rows| rows <= MAX_TREE) {
-        let (mut fastest, mut spent) = (f64::INFINITY, 0.0);
-        while spent < ENOUGH {
+    let start = Instant::now();
+    let mut turns: Vec<Vec<f64>> = vec![Vec::new(); sizes.len()];
+    for _ in 0..MOST_TURNS {
+        for (&rows, took) in sizes.iter().zip(&mut turns) {
             lm.keep(None)?;
             let start = Instant::now();
             let mut batch = Batch::new();
-            for row in 0..rows {
-                // A draft's rows lie side by side, a target's mostly in a chain; the first of them
-                // is where any model has room for it.
+            for row in 0..rows.min(MAX_TREE) {
+                // A draft's rows lie side by side, a target's mostly in a chain.
                 let parent = (draft.is_none() && row > 0).then(|| Row(row as u32 - 1));
                 batch.push(token, parent, want);
             }
-            if draft.is_none() && lm.committed() + rows > lm.capacity() {
+            if lm.committed() + rows > lm.capacity() {
+                // Side by side they need no room but for one.
                 batch.parents.fill(None);
             }
             let outputs = lm.eval(&batch)?;
-            for row in 0..rows {
+            for row in 0..batch.len() {
                 p.fill(outputs.get(row), vocab, warp, Path::default())?;
                 if draft.is_some() {
                     let drawn = p.draw(&mut rng);
                     p.remove(drawn);
                 }
             }
-            let took = start.elapsed().as_secs_f64();
-            fastest = fastest.min(took);
-            spent += took;
+            took.push(start.elapsed().as_secs_f64());
         }
-        // A clock may be too coarse to see anything.
-        entries.push((rows, fastest.max(1e-9)));
+        if start.elapsed().as_secs_f64() >= ENOUGH {
+            break;
+        }
     }
     lm.keep(None)?;
-    Ok(entries)
+    let median = |took: &mut Vec<f64>| {
+        took.sort_unstable_by(f64::total_cmp);
+        // A clock may be too coarse to see anything.
+        took[took.len() / 2].max(1e-9)
+    };
+    Ok(sizes.iter().copied().zip(turns.iter_mut().map(median)).collect())
 }
 
 fn interpolate(entries: &[(usize, f64)], rows: usize) -> f64 {
@@ -149,7 +154,7 @@ fn interpolate(entries: &[(usize, f64)], rows: usize) -> f64 {
     let slope = (t1 - t0) / (n1 - n0) as f64;
     // Noise must not make the largest passes look free.
     let slope = if rows > n1 { slope.max(0.0) } else { slope };
-    t0.mul_add(1.0, slope * (rows as f64 - n0 as f64)).max(t0.min(t1))
+    (t0 + slope * (rows as f64 - n0 as f64)).max(t0.min(t1))
 }
 
 #[cfg(test)]
