@@ -1201,7 +1201,7 @@ fn the_controller_is_about_as_fast_as_the_best_fixed_choice() {
     .unwrap();
     let dear_draft = CostTable::new(cheap.target_entries().to_vec(), vec![(1, 10.0), (8, 12.0)]);
     let dear_draft = dear_draft.unwrap();
-    let cases: [(&str, &CostTable, Vec<&Vec<Vec<f32>>>); 8] = [
+    let cases = [
         ("useful draft", &cheap, vec![&useful]),
         ("fair draft", &cheap, vec![&fair]),
         ("useless draft", &cheap, vec![&useless]),

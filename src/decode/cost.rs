@@ -96,8 +96,11 @@ fn seconds(
     draft: Option<Option<usize>>,
 ) -> Result<Vec<(usize, f64)>> {
     /// Sizes are measured again until it took so long together.
-    const ENOUGH: f64 = 0.1;
+    const ENOUGH: f64 = 0.03;
     const MOST_TURNS: usize = 15;
+    /// A median wants three, unless that would take longer than this.
+    const LEAST_TURNS: usize = 3;
+    const PLENTY: f64 = 0.5;
     let want = want(warp, lm, vocab, draft.flatten(), false);
     let mut p = Distribution::default();
     let mut rng = Rng::new(0);
@@ -107,7 +110,12 @@ fn seconds(
     }
     let start = Instant::now();
     let mut turns: Vec<Vec<f64>> = vec![Vec::new(); sizes.len()];
-    for _ in 0..MOST_TURNS {
+    for turn in 0..MOST_TURNS {
+        if turn >= LEAST_TURNS && start.elapsed().as_secs_f64() >= ENOUGH
+            || start.elapsed().as_secs_f64() >= PLENTY
+        {
+            break;
+        }
         for (&rows, took) in sizes.iter().zip(&mut turns) {
             lm.keep(None)?;
             let start = Instant::now();
@@ -130,9 +138,6 @@ fn seconds(
                 }
             }
             took.push(start.elapsed().as_secs_f64());
-        }
-        if start.elapsed().as_secs_f64() >= ENOUGH {
-            break;
         }
     }
     lm.keep(None)?;

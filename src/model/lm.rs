@@ -250,11 +250,11 @@ pub(crate) fn largest(logits: &[f32], k: usize, into: &mut Vec<(Token, f32)>) {
         return;
     }
     // Twice what is wanted, so that each selection sheds half of it.
-    let most = (2 * k).max(64);
+    let most = k.saturating_mul(2).max(64);
     let mut least = f32::NEG_INFINITY;
     for (token, &x) in (0..).zip(logits) {
-        // Not `x >= least`: what is not a number must be seen.
-        if !(x < least) {
+        // What is not a number must be seen.
+        if x >= least || x.is_nan() {
             into.push((token, x));
             if into.len() == most {
                 into.select_nth_unstable_by(k - 1, largest_first);
