@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mtad::decode::{CostTable, Decoding, Models, Settings, Strategy};
 use mtad::model::lm::{Batch, Lm, MAX_TREE, Row, Token, Want};
-use mtad::{LoadOptions, Pair, SessionOptions, Warp};
+use mtad::{LoadOptions, Pair, Request, SessionOptions, StopReason, Warp};
 
 fn pair() -> Pair {
     let options = LoadOptions { threads: 2, ..LoadOptions::default() };
@@ -89,4 +89,89 @@ fn what_was_kept_is_in_the_cache_as_if_it_had_been_evaluated_plainly() {
             }
         }
     }
+}
+
+/// What a generation gave: its text, its tokens and why it ended.
+fn generate(
+    session: &mut mtad::Session,
+    strategy: Strategy,
+    max_tokens: usize,
+    stop: &[&str],
+) -> (String, Vec<Token>, StopReason) {
+    let warp = Warp { temperature: 0.0, ..Warp::default() };
+    let request = Request {
+        settings: Settings { warp, ..settings(strategy) },
+        max_tokens: Some(max_tokens),
+        stop: stop.iter().map(|stop| (*stop).to_owned()).collect(),
+        ..Request::default()
+    };
+    let mut generation = session.generate("Once upon a time there was a little", &request).unwrap();
+    let text = generation.by_ref().map(|piece| piece.unwrap().text).collect();
+    (text, generation.tokens().to_vec(), generation.stop_reason().unwrap())
+}
+
+#[test]
+fn a_generation_ends_where_it_should_also_inside_a_draft() {
+    let pair = pair();
+    let mut session = pair.session(&SessionOptions::default());
+    let (all, ids, reason) = generate(&mut session, Strategy::Greedy, 400, &[]);
+    assert_eq!(reason, StopReason::Eos);
+    // In the middle of a word, some tokens on.
+    let stop = &all[all.len() / 3..][..5];
+    let before = &all[..all.find(stop).unwrap()];
+    for (strategy, _) in Strategy::ALL {
+        if matches!(strategy, Strategy::Beam | Strategy::Mtjd) {
+            continue;
+        }
+        let (text, found, reason) = generate(&mut session, strategy, 400, &[]);
+        assert_eq!((text.as_str(), &found, reason), (&*all, &ids, StopReason::Eos), "{strategy}");
+        for n in [1, 2, 3, 6, 11] {
+            let (_, found, reason) = generate(&mut session, strategy, n, &[]);
+            assert_eq!((&found[..], reason), (&ids[..n], StopReason::MaxTokens), "{strategy}");
+        }
+        let (text, _, reason) = generate(&mut session, strategy, 400, &[stop]);
+        assert_eq!((text.as_str(), reason), (before, StopReason::Stop), "{strategy}");
+    }
+    for strategy in [Strategy::Beam, Strategy::Mtjd] {
+        let (_, found, reason) = generate(&mut session, strategy, 5, &[]);
+        assert_eq!((found.len(), reason), (5, StopReason::MaxTokens));
+    }
+}
+
+#[test]
+fn the_command_line_replays_a_cost_table_and_refuses_what_is_out_of_range() {
+    let run = |options: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mtad"));
+        command.args(["run", "Once upon a time", "-n", "60", "--seed", "3", "--threads", "2"]);
+        command.args(options).output().unwrap()
+    };
+    let json = |options: &[&str]| -> serde_json::Value {
+        let output = run(options);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let table = folder.path().join("costs.json");
+    let first = json(&["--strategy", "auto", "--json"]);
+    std::fs::write(&table, first.to_string()).unwrap();
+    let again = json(&["--strategy", "auto", "--json", "--cost-table", table.to_str().unwrap()]);
+    assert_eq!(first["strategy"], "auto");
+    assert_eq!(first["text"], again["text"]);
+    assert_eq!(first["cost_table"], again["cost_table"]);
+    assert_eq!(first["auto"], again["auto"]);
+    assert!(first["auto"]["choices"].as_array().is_some_and(|choices| !choices.is_empty()));
+    for (options, name) in [
+        (["--strategy", "specinfer", "--branching", "9,9,9"], "branching"),
+        (["--strategy", "bild", "--fallback", "2"], "fallback"),
+        (["--strategy", "bild", "--rollback", "nan"], "rollback"),
+        (["--strategy", "typical", "--epsilon", "nan"], "epsilon"),
+        (["--strategy", "mmtad", "--beam-width", "40"], "beam-width"),
+    ] {
+        let output = run(&options.map(|option| option));
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(name), "{message}");
+    }
+    let specinfer = json(&["--strategy", "specinfer", "--branching", "3,2", "--json"]);
+    assert_eq!(specinfer["drafted"].as_u64(), specinfer["rounds"].as_u64().map(|r| 2 * r));
 }
