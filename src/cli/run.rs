@@ -108,11 +108,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", default_value_t = DEFAULT_ROLLBACK)]
     rollback: f64,
 
-    /// Accept drafted tokens more probable than this, or (typical) ...
+    /// Accept drafted tokens of a probability above this, or above delta x exp(-entropy) (typical)
     #[arg(long, value_name = "P", default_value_t = DEFAULT_EPSILON)]
     epsilon: f64,
 
-    /// ... than this times exp(-entropy) (typical)
+    /// The share of exp(-entropy) that is enough (typical)
     #[arg(long, value_name = "D", default_value_t = DEFAULT_DELTA)]
     delta: f64,
 
