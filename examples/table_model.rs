@@ -1,5 +1,8 @@
 //! Decodes with bigram tables as models, and prints what the decoders reach on them.
 //!
+//! With `--sweep` it prints instead, for the first entry, a Markdown table of all strategies over
+//! thresholds and beam widths.
+//!
 //! The tables come from a JSON file: a list of entries, each with the logits of a target and a
 //! draft by previous token, and settings. For each entry and strategy one line of JSON goes to
 //! standard output. Sequences begin with two random tokens and end with the first block that
@@ -9,16 +12,17 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
-use mtad::decode::{Decoding, Models, Settings, Strategy};
+use mtad::decode::{CostTable, Decoding, Models, Settings, Strategy};
 use mtad::model::table::TableLm;
 use mtad::sampling::{Rng, Warp};
 use mtad::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// The strategies to run.
-pub const STRATEGIES: [Strategy; 2] = [Strategy::Speculative, Strategy::Mtad];
+pub const STRATEGIES: [Strategy; 3] = [Strategy::Speculative, Strategy::Mtad, Strategy::Mmtad];
 
 #[derive(Parser)]
 #[command(about = "Runs the decoders on bigram tables")]
@@ -31,6 +35,9 @@ struct Arguments {
     /// Seed of the sequences' beginnings and of all draws.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Print a table of all strategies over tau and beam width, for the first entry.
+    #[arg(long)]
+    sweep: bool,
 }
 
 /// A pair of tables with the settings to decode them with.
@@ -50,6 +57,13 @@ pub struct Entry {
     with_replacement: bool,
     /// Generated tokens of a sequence, at least.
     sequence_tokens: usize,
+}
+
+impl Entry {
+    /// The logits of target and draft.
+    pub fn tables(&self) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+        (self.target_logits.clone(), self.draft_logits.clone())
+    }
 }
 
 /// What a strategy reached on an entry.
@@ -102,29 +116,35 @@ pub fn read(file: &str) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Decodes `sequences` sequences.
+impl Entry {
+    /// The settings to decode with.
+    pub fn settings(&self, strategy: Strategy) -> Settings {
+        Settings {
+            strategy,
+            gamma: self.gamma,
+            beam_width: self.beam_width,
+            tau: self.tau,
+            with_replacement: self.with_replacement,
+            warp: Warp {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: if self.top_p == 0.0 { 1.0 } else { self.top_p },
+                ..Warp::default()
+            },
+            ..Settings::default()
+        }
+    }
+}
+
+/// Decodes `sequences` sequences with an entry's tables, scored and from this seed on.
 ///
 /// # Errors
-/// If the entry's settings are out of range.
-pub fn run(entry: &Entry, strategy: Strategy, sequences: usize, seed: u64) -> Result<Summary> {
+/// If the settings are out of range.
+pub fn run(entry: &Entry, settings: &Settings, sequences: usize, seed: u64) -> Result<Summary> {
     let mut target = TableLm::new(entry.target_logits.clone())?;
     let mut draft = TableLm::new(entry.draft_logits.clone())?;
     let mut models = Models::pair(&mut target, &mut draft);
-    let mut decoding = Decoding::new(Settings {
-        strategy,
-        gamma: entry.gamma,
-        beam_width: entry.beam_width,
-        tau: entry.tau,
-        with_replacement: entry.with_replacement,
-        warp: Warp {
-            temperature: entry.temperature,
-            top_k: entry.top_k,
-            top_p: if entry.top_p == 0.0 { 1.0 } else { entry.top_p },
-            ..Warp::default()
-        },
-        seed,
-        score: true,
-    })?;
+    let mut decoding = Decoding::new(Settings { seed, score: true, ..settings.clone() })?;
     // Another stream than that of the draws.
     let mut beginnings = Rng::new(!seed);
     let (mut efficiencies, mut nlls) = (Vec::new(), Vec::new());
@@ -151,26 +171,109 @@ fn mean_and_error(values: &[f64]) -> (f64, f64) {
     (mean, (squares / (n - 1.0) / n).sqrt())
 }
 
+fn print_line(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(|error| Error::io("standard output", error))
+}
+
 fn print_all(arguments: &Arguments) -> Result<()> {
     if arguments.sequences < 2 {
         return Err(Error::invalid("sequences must be 2 or more, or there is no standard error"));
     }
-    for (index, entry) in read(&arguments.file)?.iter().enumerate() {
+    let entries = read(&arguments.file)?;
+    let found = |index: usize, settings: &Settings| {
+        run(&entries[index], settings, arguments.sequences, arguments.seed)
+            .map_err(|error| Error::format(&arguments.file, format!("entry {index}: {error}")))
+    };
+    if arguments.sweep {
+        let Some(entry) = entries.first() else {
+            return Err(Error::format(&arguments.file, "it has no entry to sweep over".to_owned()));
+        };
+        return sweep(entry, |settings| found(0, settings));
+    }
+    for (index, entry) in entries.iter().enumerate() {
         for strategy in STRATEGIES {
-            let summary =
-                run(entry, strategy, arguments.sequences, arguments.seed).map_err(|error| {
-                    Error::format(&arguments.file, format!("entry {index}: {error}"))
-                })?;
             let line = Line {
                 entry: index,
                 strategy: strategy.to_string(),
                 sequences: arguments.sequences,
-                summary,
+                summary: found(index, &entry.settings(strategy))?,
             };
-            let json = serde_json::to_string(&line).expect("numbers and names are JSON");
-            writeln!(std::io::stdout(), "{json}")
-                .map_err(|error| Error::io("standard output", error))?;
+            print_line(&serde_json::to_string(&line).expect("numbers and names are JSON"))?;
         }
+    }
+    Ok(())
+}
+
+/// Thresholds and beam widths of the table.
+const TAUS: [f64; 6] = [0.01, 0.05, 0.1, 0.2, 0.5, 0.9];
+const WIDTHS: [usize; 4] = [1, 2, 4, 8];
+
+/// What a pass of the target and a step of the draft cost, for the controller: one of each row
+/// that is nearly free, and a draft that costs a tenth.
+fn costs() -> Result<CostTable> {
+    CostTable::new(vec![(1, 10.0), (8, 11.0), (32, 14.0)], vec![(1, 1.0), (8, 1.2)])
+}
+
+/// Prints a Markdown table of negative log-likelihood and block efficiency.
+fn sweep(entry: &Entry, found: impl Fn(&Settings) -> Result<Summary>) -> Result<()> {
+    let cell = |settings: &Settings| -> Result<String> {
+        let Summary { nll, block_efficiency, .. } = found(settings)?;
+        Ok(format!("{nll:.2} / {block_efficiency:.2}"))
+    };
+    print_line("| strategy | W | tau 0.01 | 0.05 | 0.1 | 0.2 | 0.5 | 0.9 |")?;
+    print_line("|---|---|---|---|---|---|---|---|")?;
+    for strategy in [Strategy::Mtad, Strategy::Mmtad] {
+        for beam_width in WIDTHS {
+            let mut line = format!("| `{strategy}` | {beam_width} |");
+            for tau in TAUS {
+                let settings = Settings { beam_width, tau, ..entry.settings(strategy) };
+                line += &format!(" {} |", cell(&settings)?);
+            }
+            print_line(&line)?;
+        }
+    }
+    let mut line = "| `auto` | its own |".to_owned();
+    for tau in TAUS {
+        let costs = Some(Arc::new(costs()?));
+        let settings = Settings { tau, costs, ..entry.settings(Strategy::Auto) };
+        line += &format!(" {} |", cell(&settings)?);
+    }
+    print_line(&line)?;
+
+    print_line("\n| strategy, which has no tau | W = 1 | 2 | 4 | 8 |\n|---|---|---|---|---|")?;
+    for strategy in [Strategy::Dsbd, Strategy::Mtjd, Strategy::Beam] {
+        let mut line = format!("| `{strategy}` |");
+        for beam_width in WIDTHS {
+            let settings = Settings { beam_width, ..entry.settings(strategy) };
+            line += &format!(" {} |", cell(&settings)?);
+        }
+        print_line(&line)?;
+    }
+
+    print_line("\n| strategy, which has neither | settings | |\n|---|---|---|")?;
+    let of = |strategy| entry.settings(strategy);
+    let greedy = Settings {
+        warp: Warp { temperature: 0.0, ..entry.settings(Strategy::Greedy).warp },
+        ..of(Strategy::Speculative)
+    };
+    for (name, settings) in [
+        ("", of(Strategy::Sample)),
+        ("", of(Strategy::Speculative)),
+        ("branching 4,2,2", of(Strategy::SpecInfer)),
+        (
+            "branching 4,2,2, with replacement",
+            Settings { with_replacement: true, ..of(Strategy::SpecInfer) },
+        ),
+        ("branching 2,2,2,2", Settings { branching: vec![2; 4], ..of(Strategy::SpecInfer) }),
+        ("fallback 0.5, rollback 3", of(Strategy::Bild)),
+        ("fallback 0, rollback 3", Settings { fallback: 0.0, ..of(Strategy::Bild) }),
+        ("fallback 0, rollback 5", Settings { fallback: 0.0, rollback: 5.0, ..of(Strategy::Bild) }),
+        ("epsilon 0.09, delta 0.3", of(Strategy::Typical)),
+        ("epsilon 0.3, delta 0.6", Settings { epsilon: 0.3, delta: 0.6, ..of(Strategy::Typical) }),
+        ("", of(Strategy::Greedy)),
+        ("temperature 0", greedy),
+    ] {
+        print_line(&format!("| `{}` | {name} | {} |", settings.strategy, cell(&settings)?))?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::decode::{Decoding, Models, Phase, Prefill, Settings, Statistics};
+use crate::decode::{Decisions, Decoding, Models, Phase, Prefill, Settings, Statistics};
 use crate::error::{Error, Result};
 use crate::model::SessionOptions;
 use crate::model::lm::{Lm, Token};
@@ -212,6 +212,31 @@ impl Generation<'_> {
     /// Counts so far.
     pub fn statistics(&self) -> &Statistics {
         self.decoding().statistics()
+    }
+
+    /// The settings as they are used: with the cost table that was measured, if one was.
+    pub fn settings(&self) -> &Settings {
+        self.decoding().settings()
+    }
+
+    /// What the controller decided so far, if the strategy has one.
+    pub fn decisions(&self) -> Option<Decisions> {
+        self.decoding().decisions()
+    }
+
+    /// Seconds that the tokens so far would have taken without a draft: by the controller's cost
+    /// table, or by passes of the target that are measured now. `None` if nothing was generated or
+    /// the context is full.
+    ///
+    /// # Errors
+    /// What the target reports.
+    pub fn plain_seconds(&mut self) -> Result<Option<f64>> {
+        let tokens = self.tokens().len();
+        let pass = match &self.settings().costs {
+            Some(costs) => Some(costs.target(1)),
+            None => self.with(|decoding, models| decoding.plain_seconds(models))?,
+        };
+        Ok(pass.filter(|_| tokens > 0).map(|seconds| seconds * tokens as f64))
     }
 
     /// Seconds spent in a phase so far.

@@ -8,11 +8,40 @@ mod common;
 #[path = "../examples/table_model.rs"]
 mod table_model;
 
-use mtad::decode::{Block, Decoding, Models, Phase, Settings, Strategy};
+use std::sync::Arc;
+
+use mtad::decode::{Block, CostTable, Decoding, Models, Phase, Settings, Strategy};
 use mtad::model::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token};
 use mtad::model::table::TableLm;
 use mtad::sampling::{Rng, Warp};
 use mtad::{Error, Result};
+
+/// The strategies that draft in one way, whose text at temperature 0 is the greedy one.
+const DRAFTING: [Strategy; 7] = [
+    Strategy::Speculative,
+    Strategy::Mtad,
+    Strategy::Mmtad,
+    Strategy::SpecInfer,
+    Strategy::Bild,
+    Strategy::Typical,
+    Strategy::Dsbd,
+];
+
+/// Every strategy.
+fn all() -> impl Iterator<Item = Strategy> {
+    Strategy::ALL.into_iter().map(|(strategy, _)| strategy)
+}
+
+/// Every strategy whose text at temperature 0 is the greedy one.
+fn greedy_at_0() -> impl Iterator<Item = Strategy> {
+    all().filter(|strategy| !matches!(strategy, Strategy::Beam | Strategy::Mtjd))
+}
+
+/// The cost table of a draft that is worth it.
+fn cheap_draft() -> Option<Arc<CostTable>> {
+    let table = CostTable::new(vec![(1, 10.0), (32, 20.0)], vec![(1, 1.0), (8, 1.2)]);
+    Some(Arc::new(table.unwrap()))
+}
 
 /// A table model that writes down what is asked of it, token by token, and fails on demand.
 struct Recorder {
@@ -244,7 +273,7 @@ fn the_reference_figures_are_reached() {
     for (i, entry) in entries.iter().enumerate() {
         let mut nlls = Vec::new();
         for strategy in table_model::STRATEGIES {
-            let found = table_model::run(entry, strategy, 600, 20).unwrap();
+            let found = table_model::run(entry, &entry.settings(strategy), 600, 20).unwrap();
             let reference = &json[i]["stats"][strategy.to_string()];
             let number = |key: &str| reference[key].as_f64().unwrap();
             for (name, value, se) in [
@@ -258,24 +287,39 @@ fn the_reference_figures_are_reached() {
             }
             nlls.push(found.nll);
         }
-        assert!(nlls[1] < nlls[0], "MTAD's text is more likely than speculative sampling's");
+        assert!(nlls[1] < nlls[0] && nlls[2] < nlls[0], "joint decoding gives likelier text");
     }
 }
 
 #[test]
 fn speculative_sampling_is_lossless() {
     let mut rng = Rng::new(11);
-    for (strategy, gamma) in
-        [(Strategy::Sample, 1), (Strategy::Speculative, 1), (Strategy::Speculative, 4)]
-    {
+    let tree = |branching: &[usize], with_replacement| Settings {
+        strategy: Strategy::SpecInfer,
+        branching: branching.to_vec(),
+        with_replacement,
+        ..Settings::default()
+    };
+    let chain = |strategy, gamma| Settings { strategy, gamma, ..Settings::default() };
+    for settings in [
+        chain(Strategy::Sample, 1),
+        chain(Strategy::Speculative, 1),
+        chain(Strategy::Speculative, 4),
+        tree(&[1, 1, 1, 1], false),
+        tree(&[4, 2, 2], false),
+        tree(&[4, 2, 2], true),
+        tree(&[9, 3], false),
+        Settings { beam_width: 1, ..chain(Strategy::Dsbd, 4) },
+    ] {
+        let Settings { strategy, gamma, .. } = settings;
         for (top_k, top_p, min_p, temperature) in
             [(0, 1.0, 0.0, 1.0), (5, 1.0, 0.0, 0.8), (0, 0.8, 0.0, 1.4), (6, 0.9, 0.05, 1.0)]
         {
             let vocab = 8;
             let mut pair = Pair::random(vocab, &mut rng);
             let warp = Warp { top_k, top_p, min_p, temperature, ..Warp::default() };
-            let settings = Settings { strategy, gamma, warp, seed: 5, ..Settings::default() };
-            let text = pair.decode(&settings, &[0], 60_000);
+            let settings = Settings { warp, seed: 5, ..settings.clone() };
+            let text = pair.decode(&settings, &[0], 40_000);
             let p: Vec<Vec<f64>> = (0..vocab as Token)
                 .map(|last| probabilities(&pair.target.inner, &warp, &[last]))
                 .collect();
@@ -315,6 +359,7 @@ fn every_accepted_block_clears_the_threshold_and_no_longer_one_would() {
             warp: random_warp(&mut rng),
             seed: case,
             score: true,
+            ..Settings::default()
         };
         let mut decoding = Decoding::new(settings.clone()).unwrap();
         decoding.start(&mut pair.models(), &[0, rng.below(vocab as u32)]).unwrap();
@@ -502,9 +547,13 @@ fn at_temperature_0_every_strategy_writes_the_greedy_text() {
             assert_eq!(probabilities(&pair.target.inner, &warp, &path)[token as usize], 1.0);
             path.push(token);
         }
-        for strategy in [Strategy::Sample, Strategy::Speculative, Strategy::Mtad] {
+        for strategy in greedy_at_0() {
             let settings = Settings {
                 strategy,
+                branching: [vec![4, 2, 2], vec![1], vec![40], vec![2, 1, 3, 1]][case % 4].clone(),
+                fallback: [0.5, 0.0, 1.0][case % 3],
+                rollback: [3.0, 0.0, 50.0][case % 3],
+                costs: cheap_draft(),
                 gamma: 1 + case % 7,
                 beam_width: 1 + case % 5,
                 tau: [0.0, 0.1, 1.0, 3.0][case % 4],
@@ -530,11 +579,12 @@ fn padded(mut table: Vec<Vec<f32>>, padding: usize) -> Vec<Vec<f32>> {
 #[test]
 fn padding_at_the_end_of_a_vocabulary_is_never_drawn() {
     let mut rng = Rng::new(16);
-    for strategy in [Strategy::Greedy, Strategy::Sample, Strategy::Speculative, Strategy::Mtad] {
+    for strategy in all() {
         for (temperature, top_k) in [(0.0, 0), (1.0, 0), (1.0, 4)] {
             let pair = Pair::random(9, &mut rng);
             let warp = Warp { temperature, top_k, ..Warp::default() };
-            let settings = Settings { strategy, warp, ..Settings::default() };
+            let costs = cheap_draft();
+            let settings = Settings { strategy, warp, costs, ..Settings::default() };
             let (target, draft) = (table_of(&pair.target.inner), table_of(&pair.draft.inner));
             let expected = pair.fresh().decode(&settings, &[2], 50);
             assert!(expected.iter().all(|&t| t < 9));
@@ -557,18 +607,19 @@ fn the_draft_shrinks_as_the_context_fills_and_the_end_is_reported() {
     let plain = Pair::random(12, &mut rng);
     let greedy = Settings { strategy: Strategy::Greedy, ..Settings::default() };
     let long = plain.fresh().decode(&greedy, &[1, 2, 3], 70);
-    for strategy in [Strategy::Greedy, Strategy::Speculative, Strategy::Mtad] {
+    for strategy in greedy_at_0() {
         for (target, draft) in [(20, 20), (21, 64), (64, 20), (3, 3), (4, 1), (5, 3), (20, 4)] {
             let mut pair = Pair {
                 target: Recorder::with_capacity(table_of(&plain.target.inner), target),
                 draft: Recorder::with_capacity(table_of(&plain.draft.inner), draft),
             };
             let warp = Warp { temperature: 0.0, ..Warp::default() };
-            let settings = Settings { strategy, gamma: 5, warp, ..Settings::default() };
+            let costs = cheap_draft();
+            let settings = Settings { strategy, gamma: 5, warp, costs, ..Settings::default() };
             let mut decoding = Decoding::new(settings).unwrap();
             decoding.start(&mut pair.models(), &[1, 2, 3]).unwrap();
             while let Some(block) = decoding.next_block(&mut pair.models()).unwrap() {
-                assert!(block.accepted <= block.drafted && block.drafted <= 5);
+                assert!(block.accepted <= block.drafted && block.drafted <= 8);
                 pair.assert_lines_are_prefixes(decoding.text());
             }
             // The last token needs no row.
@@ -585,10 +636,11 @@ fn the_draft_shrinks_as_the_context_fills_and_the_end_is_reported() {
 #[test]
 fn a_session_goes_on_after_a_cut_and_reuses_what_prompts_share() {
     let mut rng = Rng::new(18);
-    for strategy in [Strategy::Greedy, Strategy::Speculative, Strategy::Mtad] {
+    for strategy in greedy_at_0() {
         let mut pair = Pair::random(10, &mut rng);
         let warp = Warp { temperature: 0.0, ..Warp::default() };
-        let settings = Settings { strategy, warp, score: true, ..Settings::default() };
+        let costs = cheap_draft();
+        let settings = Settings { strategy, warp, score: true, costs, ..Settings::default() };
         let mut decoding = Decoding::new(settings.clone()).unwrap();
         decoding.start(&mut pair.models(), &[1, 2, 3, 4]).unwrap();
         for _ in 0..300 {
@@ -630,14 +682,16 @@ fn a_session_goes_on_after_a_cut_and_reuses_what_prompts_share() {
 #[test]
 fn a_draft_that_lags_catches_up() {
     let mut rng = Rng::new(19);
-    for strategy in [Strategy::Speculative, Strategy::Mtad] {
+    for strategy in DRAFTING {
         for lag in [1, 5, 100, 3 * MAX_TREE] {
             let mut pair = Pair::random(10, &mut rng);
             let warp = Warp { temperature: 0.0, ..Warp::default() };
             let plain = Settings { strategy: Strategy::Greedy, warp, ..Settings::default() };
             // As many rows as a tree holds, so that a lag of one more does not fit beside them.
-            let (gamma, beam_width) = (8, (MAX_TREE - 1) / 7);
-            let settings = Settings { strategy, gamma, beam_width, ..plain.clone() };
+            let verified = matches!(strategy, Strategy::Mmtad | Strategy::Dsbd);
+            let (gamma, beam_width) = (8, (MAX_TREE - 1) / if verified { 8 } else { 7 });
+            let branching = vec![9, 3, 3];
+            let settings = Settings { strategy, gamma, beam_width, branching, ..plain.clone() };
             let mut decoding = Decoding::new(plain.clone()).unwrap();
             decoding.start(&mut pair.models(), &[7, 7]).unwrap();
             for _ in 0..lag {
@@ -659,10 +713,11 @@ fn a_draft_that_lags_catches_up() {
 #[test]
 fn a_failed_pass_leaves_the_text_as_it_was() {
     let mut rng = Rng::new(20);
-    for strategy in [Strategy::Greedy, Strategy::Speculative, Strategy::Mtad] {
+    for strategy in greedy_at_0() {
         let mut pair = Pair::random(10, &mut rng);
         let warp = Warp { temperature: 0.0, ..Warp::default() };
-        let settings = Settings { strategy, warp, ..Settings::default() };
+        let costs = cheap_draft();
+        let settings = Settings { strategy, warp, costs, ..Settings::default() };
         let mut decoding = Decoding::new(settings.clone()).unwrap();
         let long: Vec<Token> = (0..300).map(|i| i % 10).collect();
         pair.target.fails_in = Some(1);
@@ -688,9 +743,10 @@ fn a_failed_pass_leaves_the_text_as_it_was() {
 fn the_same_seed_writes_the_same_text() {
     let mut rng = Rng::new(21);
     let pair = Pair::random(40, &mut rng);
-    for strategy in [Strategy::Sample, Strategy::Speculative, Strategy::Mtad] {
+    for strategy in all().filter(|&strategy| strategy != Strategy::Greedy) {
         let text = |seed| {
-            let settings = Settings { strategy, seed, ..Settings::default() };
+            let costs = cheap_draft();
+            let settings = Settings { strategy, seed, costs, ..Settings::default() };
             pair.fresh().decode(&settings, &[0], 100)
         };
         assert_eq!(text(1), text(1));
@@ -748,4 +804,479 @@ fn time_goes_to_the_phases_that_a_strategy_has() {
         assert!(spent(Phase::Prefill) && spent(Phase::Verify) && spent(Phase::Sample));
         assert_eq!(spent(Phase::Draft), strategy == Strategy::Mtad);
     }
+}
+
+/// Settings in which anything may be, within what is allowed.
+fn random_settings(strategy: Strategy, rng: &mut Rng) -> Settings {
+    let mut one_of = |values: &[f64]| values[rng.below(values.len() as u32) as usize];
+    Settings {
+        strategy,
+        gamma: one_of(&[1.0, 2.0, 4.0, 7.0]) as usize,
+        beam_width: one_of(&[1.0, 2.0, 5.0, 16.0]) as usize,
+        tau: one_of(&[0.0, 0.05, 0.5, 1.0, 3.0]),
+        with_replacement: one_of(&[0.0, 1.0]) > 0.0,
+        branching: vec![one_of(&[1.0, 6.0]) as usize, 2, one_of(&[1.0, 3.0]) as usize],
+        fallback: one_of(&[0.0, 0.3, 0.9]),
+        rollback: one_of(&[0.5, 3.0, f64::INFINITY]),
+        epsilon: one_of(&[0.0, 0.1, 0.5]),
+        delta: one_of(&[0.0, 0.3, 1.0]),
+        costs: cheap_draft(),
+        warp: random_warp(rng),
+        seed: u64::from(rng.below(1000)),
+        score: true,
+    }
+}
+
+#[test]
+fn what_is_emitted_was_kept_has_probability_and_is_scored() {
+    let mut rng = Rng::new(24);
+    for strategy in all() {
+        for _ in 0..60 {
+            let vocab = 2 + rng.below(20) as usize;
+            let mut pair = Pair::random(vocab, &mut rng);
+            let settings = random_settings(strategy, &mut rng);
+            let mut decoding = Decoding::new(settings.clone()).unwrap();
+            decoding.start(&mut pair.models(), &[0, rng.below(vocab as u32)]).unwrap();
+            // The target searches among what it has unwarped.
+            let alone = matches!(strategy, Strategy::Beam | Strategy::Mtjd);
+            let warp = match alone {
+                true => settings.warp.for_draft(),
+                false => decoding.settings().warp,
+            };
+            for _ in 0..25 {
+                let mut path = decoding.text().to_vec();
+                let block = decoding.next_block(&mut pair.models()).unwrap().unwrap().clone();
+                pair.assert_lines_are_prefixes(decoding.text());
+                assert!(!block.tokens.is_empty() && block.accepted <= block.drafted);
+                let mut log_p = 0.0;
+                for (i, (&token, &score)) in block.tokens.iter().zip(&block.scores).enumerate() {
+                    let p = probabilities(&pair.target.inner, &warp, &path)[token as usize];
+                    assert!(p > 0.0, "{settings:?}");
+                    log_p += if block.is_drafted(i) { p.ln() } else { 0.0 };
+                    let unwarped = probabilities(&pair.target.inner, &Warp::default(), &path);
+                    assert!((score - unwarped[token as usize].ln()).abs() < 1e-5, "{settings:?}");
+                    path.push(token);
+                }
+                assert_eq!(block.scores.len(), block.tokens.len());
+                assert!((block.log_p - log_p).abs() < 1e-4, "{settings:?} {block:?}");
+                if let (Strategy::Mtad | Strategy::Mmtad, Some(ratio)) =
+                    (strategy, block.log_ratio())
+                {
+                    assert!(ratio > settings.tau.ln());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_tree_of_mmtad_gives_the_deepest_and_likeliest_path() {
+    let mut rng = Rng::new(25);
+    let mut elsewhere = 0;
+    for case in 0..150 {
+        let mut pair = Pair::random(8, &mut rng);
+        let settings = Settings {
+            gamma: 1 + case % 4,
+            beam_width: 1 + case % 5,
+            tau: [0.01, 0.3, 0.9][case % 3],
+            seed: case as u64,
+            ..Settings::default()
+        };
+        // The same draws in both: MTAD verifies the best beam alone.
+        let of = |pair: &mut Pair, strategy| {
+            let settings = Settings { strategy, ..settings.clone() };
+            let mut decoding = Decoding::new(settings).unwrap();
+            decoding.start(&mut pair.models(), &[1]).unwrap();
+            decoding.next_block(&mut pair.models()).unwrap().unwrap().clone()
+        };
+        let chain = of(&mut pair.fresh(), Strategy::Mtad);
+        let tree = of(&mut pair, Strategy::Mmtad);
+        assert_eq!(chain.steps, tree.steps);
+        assert!(tree.accepted >= chain.accepted);
+        if tree.accepted == chain.accepted {
+            assert!(tree.log_p >= chain.log_p);
+        }
+        elsewhere += usize::from(tree.accepted > chain.accepted || tree.log_p > chain.log_p);
+        let log_q: f64 = tree.steps[..tree.accepted].iter().map(|step| step.1).sum();
+        assert!((tree.log_q - log_q).abs() < 1e-9);
+        if settings.beam_width == 1 {
+            assert_eq!(chain, tree);
+        }
+    }
+    assert!(elsewhere > 20, "{elsewhere}");
+}
+
+#[test]
+fn strategies_meet_where_their_settings_do() {
+    let mut rng = Rng::new(26);
+    for case in 0..20 {
+        let mut pair = Pair::random(12, &mut rng);
+        let warp = Warp { top_k: [0, 5][case % 2], ..Warp::default() };
+        let base = Settings { beam_width: 1, warp, seed: case as u64, ..Settings::default() };
+        // One candidate per node, one beam: the same draws, so the same text.
+        let text = |strategy| {
+            let branching = vec![1; base.gamma];
+            let settings = Settings { strategy, branching, ..base.clone() };
+            pair.fresh().decode(&settings, &[3], 200)
+        };
+        assert_eq!(text(Strategy::Mmtad), text(Strategy::Mtad));
+        assert_eq!(text(Strategy::SpecInfer), text(Strategy::Speculative));
+
+        // Thresholds that let everything through.
+        for settings in [
+            Settings { strategy: Strategy::Typical, epsilon: 0.0, ..base.clone() },
+            Settings {
+                strategy: Strategy::Bild,
+                rollback: f64::INFINITY,
+                fallback: 0.0,
+                ..base.clone()
+            },
+        ] {
+            // Where the target has no zeros.
+            let settings = Settings { warp: Warp::default(), ..settings };
+            let mut decoding = Decoding::new(settings).unwrap();
+            decoding.start(&mut pair.models(), &[3]).unwrap();
+            for _ in 0..50 {
+                decoding.next_block(&mut pair.models()).unwrap();
+            }
+            assert_eq!(decoding.statistics().acceptance_rate(), Some(1.0));
+        }
+    }
+    // A draft that is never sure hands over at once.
+    let mut pair = Pair::random(12, &mut rng);
+    let settings = Settings { strategy: Strategy::Bild, fallback: 1.0, ..Settings::default() };
+    let mut decoding = Decoding::new(settings).unwrap();
+    decoding.start(&mut pair.models(), &[3]).unwrap();
+    for _ in 0..50 {
+        decoding.next_block(&mut pair.models()).unwrap();
+    }
+    assert_eq!((decoding.statistics().drafted(), decoding.statistics().emitted), (0, 50));
+}
+
+/// Mean negative log-likelihood under the unwarped target, and block efficiency.
+fn quality(pair: &Pair, settings: &Settings, sequences: u64) -> (f64, f64) {
+    let (mut nll, mut tokens, mut efficiency) = (0.0, 0, 0.0);
+    let mut pair = pair.fresh();
+    for seed in 0..sequences {
+        let settings = Settings { seed, score: true, ..settings.clone() };
+        let mut decoding = Decoding::new(settings).unwrap();
+        decoding.start(&mut pair.models(), &[seed as Token % 20]).unwrap();
+        while decoding.generated().len() < 200 {
+            decoding.next_block(&mut pair.models()).unwrap();
+        }
+        nll -= decoding.scores().iter().sum::<f64>();
+        tokens += decoding.scores().len();
+        efficiency += decoding.statistics().block_efficiency();
+    }
+    (nll / tokens as f64, efficiency / sequences as f64)
+}
+
+#[test]
+fn joint_decoding_lies_between_sampling_and_the_targets_own_beams() {
+    let Some(file) = common::shared("vectors/mtad_reference.json") else { return };
+    for entry in &table_model::read(file.to_str().unwrap()).unwrap()[..6] {
+        let (target, draft) = entry.tables();
+        let pair = Pair::of(target, draft);
+        let nll = |strategy| {
+            quality(&pair, &Settings { strategy, tau: 0.3, ..Settings::default() }, 60).0
+        };
+        let [sample, mtad, dsbd, mtjd, beam] =
+            [Strategy::Sample, Strategy::Mtad, Strategy::Dsbd, Strategy::Mtjd, Strategy::Beam]
+                .map(nll);
+        println!("sample {sample:.3} mtad {mtad:.3} dsbd {dsbd:.3} mtjd {mtjd:.3} beam {beam:.3}");
+        assert!(mtjd < mtad && mtad < sample && beam < sample && dsbd < sample);
+    }
+}
+
+/// What follows one token, by drawing W = 2 pairs of two tokens from the target's own joint
+/// distribution: DSBD's last layer, where everything is accepted or drawn anew.
+#[test]
+fn beams_of_dsbd_are_the_targets() {
+    let mut rng = Rng::new(27);
+    for case in 0..6 {
+        let with_replacement = case % 2 == 0;
+        let mut pair = Pair::random(4, &mut rng);
+        // One layer, whose best of however many beams is committed. The width of a layer depends on
+        // p and q alone, so it is the same each time.
+        let settings = Settings {
+            strategy: Strategy::Dsbd,
+            gamma: 1,
+            beam_width: 3,
+            with_replacement,
+            seed: case,
+            ..Settings::default()
+        };
+        let mut decoding = Decoding::new(settings).unwrap();
+        let mut counts = vec![0.0; 4];
+        for _ in 0..40_000 {
+            decoding.start(&mut pair.models(), &[1]).unwrap();
+            let block = decoding.next_block(&mut pair.models()).unwrap().unwrap();
+            counts[block.tokens[0] as usize] += 1.0;
+            pair.draft.passes.clear();
+            pair.target.passes.clear();
+        }
+        let p = probabilities(&pair.target.inner, &Warp::default(), &[1]);
+        // The best of w draws, for each width that may have been; one of them must fit.
+        let fits = (1..=3).any(|width| {
+            let exact = best_of(&p, width, with_replacement);
+            let mut chi = ChiSquare::default();
+            chi.add(&counts, &exact);
+            println!("width {width}, with replacement {with_replacement}: {:+.2}", chi.z());
+            chi.z() < 5.0
+        });
+        assert!(fits, "with replacement {with_replacement}: {counts:?} {p:?}");
+    }
+}
+
+/// The probabilities of the most probable of `width` draws.
+fn best_of(p: &[f64], width: usize, with_replacement: bool) -> Vec<f64> {
+    fn go(
+        p: &[f64],
+        left: &[f64],
+        width: usize,
+        again: bool,
+        best: Option<usize>,
+        prob: f64,
+        out: &mut [f64],
+    ) {
+        let mass: f64 = left.iter().sum();
+        if width == 0 || mass <= 0.0 {
+            out[best.unwrap()] += prob;
+            return;
+        }
+        for i in 0..p.len() {
+            if left[i] > 0.0 {
+                let mut after = left.to_vec();
+                if !again {
+                    after[i] = 0.0;
+                }
+                let best = best.filter(|&b| p[b] >= p[i]).or(Some(i));
+                go(p, &after, width - 1, again, best, prob * left[i] / mass, out);
+            }
+        }
+    }
+    let mut out = vec![0.0; p.len()];
+    go(p, p, width, with_replacement, None, 1.0, &mut out);
+    out
+}
+
+#[test]
+fn the_targets_own_beams_end_with_the_context() {
+    let mut rng = Rng::new(28);
+    for strategy in [Strategy::Beam, Strategy::Mtjd] {
+        for capacity in [3, 4, 9, 40] {
+            for beam_width in [1, 3, 60] {
+                let mut pair = Pair::random(12, &mut rng);
+                let target = table_of(&pair.target.inner);
+                pair.target = Recorder::with_capacity(target, capacity);
+                let settings = Settings { strategy, beam_width, gamma: 3, ..Settings::default() };
+                if settings.validate().is_err() {
+                    continue;
+                }
+                let mut decoding = Decoding::new(settings).unwrap();
+                decoding.start(&mut pair.models(), &[1, 2, 3]).unwrap();
+                while decoding.next_block(&mut pair.models()).unwrap().is_some() {
+                    pair.assert_lines_are_prefixes(decoding.text());
+                }
+                assert_eq!(decoding.text().len(), capacity + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn beam_search_finds_what_greedy_decoding_misses() {
+    // After 0 the likelier token leads to nothing likely.
+    let ln = |rows: [[f32; 4]; 4]| rows.map(|row| row.map(f32::ln).to_vec()).to_vec();
+    let target = ln([
+        [0.01, 0.55, 0.43, 0.01],
+        [0.25, 0.25, 0.25, 0.25],
+        [0.01, 0.01, 0.01, 0.97],
+        [0.97, 0.01, 0.01, 0.01],
+    ]);
+    let warp = Warp { temperature: 0.0, ..Warp::default() };
+    for strategy in [Strategy::Beam, Strategy::Mtjd] {
+        let mut pair = Pair::of(target.clone(), target.clone());
+        let settings = Settings { strategy, gamma: 3, warp, ..Settings::default() };
+        assert_eq!(pair.decode(&settings, &[0], 6), [2, 3, 0, 2, 3, 0]);
+    }
+}
+
+/// A model whose passes take the time that a table says, on a clock of their own.
+struct Timed<'t> {
+    inner: TableLm,
+    cost: Box<dyn Fn(usize) -> f64 + Send + 't>,
+    clock: f64,
+}
+
+impl Lm for Timed<'_> {
+    fn vocab_size(&self) -> usize {
+        self.inner.vocab_size()
+    }
+
+    fn committed(&self) -> usize {
+        self.inner.committed()
+    }
+
+    fn capacity(&self) -> usize {
+        self.inner.capacity()
+    }
+
+    fn eval(&mut self, batch: &Batch<'_>) -> Result<&Outputs> {
+        self.clock += (self.cost)(batch.len());
+        self.inner.eval(batch)
+    }
+
+    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
+        self.inner.keep(tip)
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.inner.truncate(len)
+    }
+}
+
+/// Seconds on the virtual clock for so many tokens with each of the drafts, one after the other.
+fn virtual_seconds(
+    settings: &Settings,
+    costs: &CostTable,
+    target: &[Vec<f32>],
+    drafts: &[Vec<Vec<f32>>],
+    tokens: usize,
+) -> f64 {
+    let timed = |table: &[Vec<f32>], cost: Box<dyn Fn(usize) -> f64 + Send>| Timed {
+        inner: TableLm::new(table.to_vec()).unwrap(),
+        cost,
+        clock: 0.0,
+    };
+    let table = costs.clone();
+    let mut target = timed(target, Box::new(move |rows| table.target(rows)));
+    let mut decoding = Decoding::new(settings.clone()).unwrap();
+    let mut total = 0.0;
+    for (i, draft) in drafts.iter().enumerate() {
+        let table = costs.clone();
+        let mut draft = timed(draft, Box::new(move |rows| table.draft(rows)));
+        if i == 0 {
+            decoding.start(&mut Models::pair(&mut target, &mut draft), &[0]).unwrap();
+        } else {
+            // What the last draft had evaluated, this one has, too.
+            let line = &decoding.text()[..decoding.text().len() - 1];
+            mtad::model::lm::extend(&mut draft, line).unwrap();
+        }
+        (target.clock, draft.clock) = (0.0, 0.0);
+        let until = tokens * (i + 1);
+        while decoding.generated().len() < until {
+            decoding.next_block(&mut Models::pair(&mut target, &mut draft)).unwrap();
+        }
+        total += target.clock + draft.clock;
+    }
+    total / decoding.generated().len() as f64 * (tokens * drafts.len()) as f64
+}
+
+#[test]
+fn the_controller_is_about_as_fast_as_the_best_fixed_choice() {
+    let mut rng = Rng::new(29);
+    let vocab = 24;
+    let target = random_table(vocab, &mut rng);
+    let other = random_table(vocab, &mut rng);
+    let like = |likeness: f32| -> Vec<Vec<f32>> {
+        let mix = |t: &f32, o: &f32| likeness * t + (1.0 - likeness) * o;
+        target
+            .iter()
+            .zip(&other)
+            .map(|(t, o)| t.iter().zip(o).map(|(t, o)| mix(t, o)).collect())
+            .collect()
+    };
+    let (useful, fair, useless) = (like(0.9), like(0.6), like(0.0));
+    // Passes whose rows are nearly free, and others that cost more than half a pass each.
+    let cheap = CostTable::new(
+        vec![(1, 10.0), (2, 10.2), (4, 10.6), (8, 11.5), (16, 13.0), (32, 17.0)],
+        vec![(1, 1.0), (2, 1.05), (4, 1.1), (8, 1.3)],
+    )
+    .unwrap();
+    let dear_rows = CostTable::new(
+        vec![(1, 10.0), (2, 14.0), (4, 21.0), (8, 36.0), (16, 70.0), (32, 140.0)],
+        vec![(1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5)],
+    )
+    .unwrap();
+    let dear_draft = CostTable::new(cheap.target_entries().to_vec(), vec![(1, 10.0), (8, 12.0)]);
+    let dear_draft = dear_draft.unwrap();
+    let cases = [
+        ("useful draft", &cheap, vec![&useful]),
+        ("fair draft", &cheap, vec![&fair]),
+        ("useless draft", &cheap, vec![&useless]),
+        ("useful draft, dear rows", &dear_rows, vec![&useful]),
+        ("useless draft, dear rows", &dear_rows, vec![&useless]),
+        ("draft as dear as the target", &dear_draft, vec![&useful]),
+        ("draft that gets worse", &cheap, vec![&useful, &useless]),
+        ("draft that gets better", &cheap, vec![&useless, &useful]),
+    ];
+    let mut worst: f64 = 0.0;
+    for tau in [0.1, 0.7] {
+        for (name, costs, drafts) in &cases {
+            let drafts: Vec<_> = drafts.iter().map(|&draft| draft.clone()).collect();
+            let tokens = 6000 / drafts.len();
+            let seconds = |settings: Settings| {
+                let settings = Settings { tau, ..settings };
+                virtual_seconds(&settings, costs, &target, &drafts, tokens)
+            };
+            let auto = Settings {
+                strategy: Strategy::Auto,
+                costs: Some(Arc::new((*costs).clone())),
+                ..Settings::default()
+            };
+            let auto = seconds(auto);
+            let sample = Settings { strategy: Strategy::Sample, ..Settings::default() };
+            let mut best = (seconds(sample), "sample".to_owned());
+            for strategy in [Strategy::Speculative, Strategy::Mtad, Strategy::Mmtad] {
+                for gamma in 2..=8 {
+                    let settings = Settings { strategy, gamma, ..Settings::default() };
+                    let found = seconds(settings);
+                    if found < best.0 {
+                        best = (found, format!("{strategy} {gamma}"));
+                    }
+                }
+            }
+            let ratio = auto / best.0;
+            println!("tau {tau} {name}: {ratio:.3} of {}", best.1);
+            worst = worst.max(ratio);
+        }
+    }
+    assert!(worst < 1.05, "{worst}");
+}
+
+#[test]
+fn the_controller_decides_by_counts_alone() {
+    let mut rng = Rng::new(30);
+    let pair = Pair::random(30, &mut rng);
+    let settings =
+        Settings { strategy: Strategy::Auto, costs: cheap_draft(), ..Settings::default() };
+    let run = || {
+        let mut pair = pair.fresh();
+        let mut decoding = Decoding::new(settings.clone()).unwrap();
+        decoding.start(&mut pair.models(), &[0]).unwrap();
+        for i in 0..100 {
+            if i % 20 == 0 {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            decoding.next_block(&mut pair.models()).unwrap();
+        }
+        (decoding.text().to_vec(), decoding.decisions().unwrap())
+    };
+    let (text, decisions) = run();
+    assert_eq!((text, decisions.clone()), run());
+    assert_eq!(decisions.rounds.iter().map(|(_, rounds)| rounds).sum::<u64>(), 100);
+    // Without a table one is measured, and used again by the next start.
+    let mut pair = pair.fresh();
+    let mut decoding = Decoding::new(Settings { costs: None, ..settings }).unwrap();
+    decoding.start(&mut pair.models(), &[0, 1, 2]).unwrap();
+    let measured = decoding.settings().costs.clone().expect("it was measured");
+    assert_eq!(measured.target_entries().len(), CostTable::TARGET_ROWS.len());
+    pair.assert_lines_are_prefixes(decoding.text());
+    decoding.next_block(&mut pair.models()).unwrap().unwrap();
+    let passes = pair.target.passes.len();
+    decoding.start(&mut pair.models(), &[0, 1, 2]).unwrap();
+    assert_eq!(decoding.settings().costs.as_deref(), Some(&*measured));
+    assert_eq!(pair.target.passes.len(), passes);
+    assert!(decoding.plain_seconds(&mut pair.models()).unwrap().unwrap() > 0.0);
 }

@@ -31,7 +31,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Bench(bench::BenchArgs),
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),

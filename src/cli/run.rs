@@ -1,17 +1,17 @@
 //! `mtad run`: generates text after a prompt.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{DeviceArgs, loading_bar, open_model, print_line, read_text, stdout_error};
 use crate::backend::CacheType;
-use crate::decode::{Phase, Settings, Strategy};
+use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Request, StopReason};
 use crate::model::SessionOptions;
@@ -40,8 +40,14 @@ pub struct RunArgs {
     #[arg(long, short, value_name = "GGUF", requires = "model")]
     draft: Option<PathBuf>,
 
-    /// How tokens are chosen: greedy, sample, speculative or mtad [default: mtad with a draft,
-    /// sample without]
+    /// How tokens are chosen [default: mtad with a draft, sample without]
+    ///
+    /// Without a draft: greedy, sample, beam (beams of the target; at temperature 0 beam search),
+    /// mtjd (the same in blocks of gamma tokens). As the target would write: speculative, specinfer
+    /// (a tree of candidates). Better than that: mtad (beams of the draft, accepted by joint
+    /// probability), mmtad (all of them verified, as a tree), dsbd (beams of the target, helped by
+    /// the draft). Looser: bild, typical. Fastest of plain decoding, speculative, mtad and mmtad
+    /// at the given tau: auto.
     #[arg(long, short, value_name = "NAME")]
     strategy: Option<Strategy>,
 
@@ -73,22 +79,48 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 
-    /// Tokens that the draft proposes per round
+    /// Tokens that the draft proposes per round (mtjd: tokens of a block)
     #[arg(long, value_name = "G", default_value_t = DEFAULT_GAMMA)]
     gamma: usize,
 
-    /// Beams that the draft proposes them with (mtad)
+    /// Beams (mtad, mmtad, dsbd: of the draft; beam, mtjd: of the target)
     #[arg(long, value_name = "W", default_value_t = DEFAULT_BEAM_WIDTH)]
     beam_width: usize,
 
-    /// Accept blocks whose joint probability ratio, target to draft, is above this (mtad): higher
-    /// is closer to the target, lower is faster
+    /// Accept blocks whose joint probability ratio, target to draft, is above this (mtad, mmtad,
+    /// auto): higher is closer to the target, lower is faster
     #[arg(long, value_name = "T", default_value_t = DEFAULT_TAU)]
     tau: f64,
 
-    /// Draw beams with replacement (mtad)
+    /// Draw beams and candidates with replacement
     #[arg(long)]
     with_replacement: bool,
+
+    /// Children of each node of the tree, depth by depth (specinfer)
+    #[arg(long, value_name = "K,K,..", value_delimiter = ',', default_values_t = [4, 2, 2])]
+    branching: Vec<usize>,
+
+    /// The draft hands over where its largest probability is below this (bild)
+    #[arg(long, value_name = "P", default_value_t = DEFAULT_FALLBACK)]
+    fallback: f64,
+
+    /// Roll back to the first drafted token whose -ln(probability) is above this; inf is never
+    /// (bild)
+    #[arg(long, value_name = "X", default_value_t = DEFAULT_ROLLBACK)]
+    rollback: f64,
+
+    /// Accept drafted tokens of a probability above this, or above delta x exp(-entropy) (typical)
+    #[arg(long, value_name = "P", default_value_t = DEFAULT_EPSILON)]
+    epsilon: f64,
+
+    /// The share of exp(-entropy) that is enough (typical)
+    #[arg(long, value_name = "D", default_value_t = DEFAULT_DELTA)]
+    delta: f64,
+
+    /// Decide by this table of what passes cost instead of measuring one: the output of an earlier
+    /// --json run, or its cost_table alone (auto)
+    #[arg(long, value_name = "FILE")]
+    cost_table: Option<PathBuf>,
 
     /// End the text where this appears; may be given more than once
     #[arg(long, value_name = "TEXT")]
@@ -125,6 +157,12 @@ pub struct RunArgs {
 const DEFAULT_GAMMA: usize = 4;
 const DEFAULT_BEAM_WIDTH: usize = 4;
 const DEFAULT_TAU: f64 = 0.1;
+const DEFAULT_FALLBACK: f64 = 0.5;
+const DEFAULT_ROLLBACK: f64 = 3.0;
+const DEFAULT_EPSILON: f64 = 0.09;
+const DEFAULT_DELTA: f64 = 0.3;
+/// Slower than plain decoding by less than this may be noise.
+const NOTABLE: f64 = 1.1;
 
 impl RunArgs {
     fn strategy(&self) -> Strategy {
@@ -132,7 +170,13 @@ impl RunArgs {
         self.strategy.unwrap_or(if has_draft { Strategy::Mtad } else { Strategy::Sample })
     }
 
-    fn request(&self, strategy: Strategy, seed: u64, cancel: &Arc<AtomicBool>) -> Request {
+    fn request(
+        &self,
+        strategy: Strategy,
+        seed: u64,
+        costs: Option<CostTable>,
+        cancel: &Arc<AtomicBool>,
+    ) -> Request {
         Request {
             settings: Settings {
                 strategy,
@@ -140,6 +184,12 @@ impl RunArgs {
                 beam_width: self.beam_width,
                 tau: self.tau,
                 with_replacement: self.with_replacement,
+                branching: self.branching.clone(),
+                fallback: self.fallback,
+                rollback: self.rollback,
+                epsilon: self.epsilon,
+                delta: self.delta,
+                costs: costs.map(Arc::new),
                 warp: Warp {
                     temperature: self.temperature,
                     top_k: self.top_k,
@@ -188,7 +238,11 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let strategy = args.strategy();
     let seed = args.seed.unwrap_or_else(clock_seed);
     let cancel = Arc::new(AtomicBool::new(false));
-    let request = args.request(strategy, seed, &cancel);
+    let costs = match &args.cost_table {
+        Some(file) => Some(read_cost_table(file)?),
+        None => None,
+    };
+    let request = args.request(strategy, seed, costs, &cancel);
     request.validate()?;
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
     let pair = args.load(strategy)?;
@@ -226,20 +280,56 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     show("\n")?;
     drop(out);
 
-    let report = Report {
-        generation: &generation,
-        pair: &pair,
-        strategy,
-        seed,
-        total: start.elapsed().as_secs_f64(),
+    let total = start.elapsed().as_secs_f64();
+    let plain = match strategy.needs_draft() {
+        true => generation.plain_seconds()?,
+        false => None,
     };
+    let report = Report { generation: &generation, pair: &pair, strategy, seed, total, plain };
     if args.json {
         print_line(report.json(&text, args.score))?;
     }
     if args.stats {
         report.print();
     }
+    report.warn();
     Ok(())
+}
+
+/// A cost table, alone or in the output of a run.
+fn read_cost_table(file: &Path) -> Result<CostTable> {
+    let name = file.display().to_string();
+    let text = std::fs::read_to_string(file).map_err(|error| Error::io(&name, error))?;
+    let wrong = |what: String| Error::format(&name, what);
+    let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
+    let table = json.get("cost_table").unwrap_or(&json);
+    let entries = |key: &str| {
+        let pairs = table.get(key).and_then(Value::as_array);
+        let pair = |pair: &Value| {
+            let [rows, seconds] = pair.as_array()?.as_slice() else { return None };
+            Some((usize::try_from(rows.as_u64()?).ok()?, seconds.as_f64()?))
+        };
+        pairs.and_then(|pairs| pairs.iter().map(pair).collect::<Option<Vec<_>>>()).ok_or_else(
+            || wrong(format!("no cost table: `{key}` is not a list of [rows, seconds]")),
+        )
+    };
+    CostTable::new(entries("target")?, entries("draft")?).map_err(|error| wrong(error.to_string()))
+}
+
+/// A cost table as [`read_cost_table`] reads it.
+fn cost_table_json(costs: &CostTable) -> Value {
+    json!({"target": costs.target_entries(), "draft": costs.draft_entries()})
+}
+
+/// A choice of the controller, for people.
+fn describe(choice: Choice) -> String {
+    match choice {
+        Choice { gamma: 0, .. } => "plain".to_owned(),
+        Choice { strategy, gamma, beam_width: 1 } => format!("{strategy} gamma {gamma}"),
+        Choice { strategy, gamma, beam_width } => {
+            format!("{strategy} gamma {gamma} beam-width {beam_width}")
+        }
+    }
 }
 
 /// The first Ctrl-C ends the generation, which is then reported as usual; a second one ends the
@@ -262,6 +352,8 @@ struct Report<'a> {
     strategy: Strategy,
     seed: u64,
     total: f64,
+    /// Seconds that the tokens would have taken without a draft.
+    plain: Option<f64>,
 }
 
 /// A rate, if there was time to measure one.
@@ -305,6 +397,8 @@ impl Report<'_> {
             "min_joint_ratio": s.min_ratio(),
             "tokens_per_second": self.tokens_per_second(),
             "prompt_tokens_per_second": self.prompt_tokens_per_second(),
+            "plain_tokens_per_second":
+                self.plain.and_then(|seconds| per_second(g.tokens().len(), seconds)),
             "seconds": seconds,
             "seed": self.seed,
             "stop": self.stop().name(),
@@ -313,7 +407,80 @@ impl Report<'_> {
         if score {
             out["perplexity"] = g.perplexity().into();
         }
+        if let Some(decisions) = g.decisions() {
+            let choice = |choice: Choice| match choice {
+                Choice { gamma: 0, .. } => json!({"strategy": "plain"}),
+                Choice { strategy, gamma, beam_width } => json!({
+                    "strategy": strategy.to_string(), "gamma": gamma, "beam_width": beam_width
+                }),
+            };
+            let rounds = decisions.rounds.iter().map(|&(made, rounds)| {
+                let mut entry = choice(made);
+                entry["rounds"] = rounds.into();
+                entry
+            });
+            out["auto"] = json!({
+                "choices": rounds.collect::<Vec<_>>(),
+                "trials": decisions.trials,
+                "best": decisions.best.map(|(best, rate)| {
+                    let mut entry = choice(best);
+                    entry["tokens_per_second"] = rate.into();
+                    entry
+                }),
+                "plain_tokens_per_second": decisions.plain,
+            });
+        }
+        if let Some(costs) = &g.settings().costs {
+            out["cost_table"] = cost_table_json(costs);
+        }
         out
+    }
+
+    /// One line if speculation did not pay.
+    fn warn(&self) {
+        let seconds = self.generation.generating_seconds();
+        if let Some(plain) = self.plain.filter(|plain| seconds > NOTABLE * plain) {
+            eprintln!(
+                "mtad: warning: {} took {seconds:.2} s where plain decoding would have taken about \
+                 {plain:.2} s; try --strategy auto, or sample",
+                self.strategy
+            );
+        }
+    }
+
+    /// What the controller chose, on standard error.
+    fn print_decisions(&self) {
+        let g = self.generation;
+        let Some(decisions) = g.decisions() else { return };
+        let most = decisions
+            .rounds
+            .iter()
+            .take(6)
+            .map(|&(choice, rounds)| format!("{rounds} x {}", describe(choice)));
+        let mut chosen = most.collect::<Vec<_>>().join(", ");
+        if decisions.rounds.len() > 6 {
+            chosen += &format!(", {} others", decisions.rounds.len() - 6);
+        }
+        eprintln!("auto chose        {chosen}");
+        eprintln!(
+            "  trials          {} of the rounds, to see whether others are faster",
+            decisions.trials
+        );
+        if let Some((best, rate)) = decisions.best {
+            eprintln!(
+                "  by now          {} is expected to give {rate:.1} tokens/s, plain decoding {:.1}",
+                describe(best),
+                decisions.plain
+            );
+        }
+        if let Some(costs) = &g.settings().costs {
+            let row = |entries: &[(usize, f64)]| {
+                let cells = entries.iter().map(|(n, t)| format!("{n}: {:.3}", 1000.0 * t));
+                cells.collect::<Vec<_>>().join(", ")
+            };
+            eprintln!("  ms by rows      target {}", row(costs.target_entries()));
+            eprintln!("                  draft {}", row(costs.draft_entries()));
+        }
     }
 
     /// For people, on standard error.
@@ -339,13 +506,19 @@ impl Report<'_> {
             eprintln!("  by depth        {}", depths.join(" "));
         }
         eprintln!("block efficiency  {:.3} tokens per target pass", s.block_efficiency());
-        if let (Strategy::Mtad, Some(ratio)) = (self.strategy, s.min_ratio()) {
-            eprintln!("joint ratio       at least {ratio:.4} in every accepted block");
+        if let Some(ratio) = s.min_ratio() {
+            eprintln!(
+                "joint ratio       at least {ratio:.4}, target to draft, in every accepted block"
+            );
         }
+        self.print_decisions();
         if let Some(perplexity) = g.perplexity() {
             eprintln!("perplexity        {perplexity:.3} under the target");
         }
         eprintln!("tokens/s          {}", rate(self.tokens_per_second()));
+        if let Some(plain) = self.plain.and_then(|plain| per_second(g.tokens().len(), plain)) {
+            eprintln!("plain tokens/s    {plain:.1} (about, without a draft)");
+        }
         eprintln!("prompt tokens/s   {}", rate(self.prompt_tokens_per_second()));
         let phases = Phase::ALL.map(|phase| format!("{phase} {:.3}", g.seconds(phase)));
         eprintln!("seconds           load {:.3}, {}", self.pair.load_seconds(), phases.join(", "));

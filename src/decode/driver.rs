@@ -1,9 +1,10 @@
 //! The driver of a session's decoding: it owns the text and commits what rounds decide.
 
 use std::fmt;
+use std::sync::Arc;
 
-use super::{Algorithm, Autoregressive, Block, Models, Phase, Round, Settings, Statistics};
-use super::{Strategy, Timeline, draft_of};
+use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
+use super::{Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result};
 use crate::model::lm::{Lm, Token, extend};
 use crate::sampling::Rng;
@@ -26,6 +27,8 @@ pub struct Decoding {
     statistics: Statistics,
     timeline: Timeline,
     block: Block,
+    /// What was measured of the models that are lent.
+    costs: Option<Arc<CostTable>>,
 }
 
 /// What evaluating a prompt took.
@@ -54,6 +57,7 @@ impl Decoding {
             statistics: Statistics::default(),
             timeline: Timeline::default(),
             block: Block::default(),
+            costs: None,
             settings,
         })
     }
@@ -100,6 +104,11 @@ impl Decoding {
         &self.timeline
     }
 
+    /// What the controller decided since the settings were given, if they have one.
+    pub fn decisions(&self) -> Option<Decisions> {
+        self.algorithm.decisions(&self.settings)
+    }
+
     /// The timeline, to listen to it.
     pub fn timeline_mut(&mut self) -> &mut Timeline {
         &mut self.timeline
@@ -112,6 +121,9 @@ impl Decoding {
     /// [`Error::Invalid`] for an empty prompt or a missing draft, [`Error::ContextFull`] for a
     /// prompt that the target has no room for (a draft that has none is not used); nothing has
     /// changed then. What the models report.
+    ///
+    /// The controller's first start measures what passes cost, unless it was given a table; that
+    /// time is in no phase.
     pub fn start(&mut self, models: &mut Models<'_>, prompt: &[Token]) -> Result<Prefill> {
         let drafts = self.settings.strategy.needs_draft();
         if drafts {
@@ -145,7 +157,29 @@ impl Decoding {
             filled = fill(&mut **draft, &prompt[..last]);
         }
         self.timeline.stop();
-        filled.map(|()| Prefill { reused, evaluated: last - reused })
+        filled?;
+        if self.settings.strategy == Strategy::Auto && self.settings.costs.is_none() {
+            if self.costs.is_none() {
+                let table = CostTable::measure(models, prompt[last], &self.settings.warp)?;
+                self.costs = Some(Arc::new(table));
+            }
+            self.settings.costs.clone_from(&self.costs);
+        }
+        Ok(Prefill { reused, evaluated: last - reused })
+    }
+
+    /// Seconds that a plain pass of the target takes at the end of the text, with making
+    /// probabilities of it: what one token would cost without a draft. `None` before a start and in
+    /// a full context.
+    ///
+    /// # Errors
+    /// What the target reports.
+    pub fn plain_seconds(&mut self, models: &mut Models<'_>) -> Result<Option<f64>> {
+        let Some(&last) = self.text.last() else { return Ok(None) };
+        if models.target.committed() >= models.target.capacity() {
+            return Ok(None);
+        }
+        CostTable::plain(models, last, &self.settings.warp).map(Some)
     }
 
     /// Does one round and adds its tokens to the text. `None`: the context is full.
@@ -162,13 +196,16 @@ impl Decoding {
         let Some(room) = models.target.capacity().checked_sub(len) else {
             return Ok(None);
         };
-        let mut gamma = 0;
-        if self.settings.strategy.needs_draft() {
+        let length = self.settings.draft_length();
+        let gamma = if self.settings.strategy.needs_draft() {
             // The draft does not evaluate the last token it drafts.
             let draft = draft_of(models, self.settings.strategy)?;
             let draft_room = draft.capacity().saturating_add(1).saturating_sub(len);
-            gamma = self.settings.gamma.min(room).min(draft_room);
-        }
+            length.min(room).min(draft_room)
+        } else {
+            // Nor does a target that goes on alone.
+            length.min(room.saturating_add(1))
+        };
         self.block.clear();
         let algorithm = if gamma == 0 { &mut self.plain } else { &mut *self.algorithm };
         let mut round = Round {

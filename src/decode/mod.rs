@@ -10,22 +10,43 @@
 //! catches up in the pass that it does anyway. The last token is *pending*: no model has evaluated
 //! it.
 
+mod auto;
 mod autoregressive;
+mod beam;
+mod beams;
+mod bild;
+mod chain;
+mod cost;
 mod driver;
+mod dsbd;
+mod mmtad;
 mod mtad;
+mod mtjd;
+mod specinfer;
 mod speculative;
 mod statistics;
 mod timeline;
+mod typical;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
+pub use auto::{Auto, Choice, Decisions};
 pub use autoregressive::Autoregressive;
+pub use beam::BeamDecoding;
+pub use bild::Bild;
+pub use cost::CostTable;
 pub use driver::{Decoding, Prefill};
+pub use dsbd::Dsbd;
+pub use mmtad::Mmtad;
 pub use mtad::Mtad;
+pub use mtjd::Mtjd;
+pub use specinfer::SpecInfer;
 pub use speculative::Speculative;
 pub use statistics::Statistics;
 pub use timeline::{Listener, Phase, Timeline};
+pub use typical::Typical;
 
 use crate::error::{Error, Result};
 use crate::model::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
@@ -42,22 +63,53 @@ pub enum Strategy {
     Speculative,
     /// Multi-token joint decoding: blocks whose joint likelihood ratio clears a threshold.
     Mtad,
+    /// The same with all beams verified, as a tree.
+    Mmtad,
+    /// Lossless speculation on a tree.
+    SpecInfer,
+    /// The draft goes on while it is sure; the target rolls back what it finds too unlikely.
+    Bild,
+    /// Drafted tokens that are typical of the target.
+    Typical,
+    /// Beams of the target, over its whole text.
+    Beam,
+    /// Beams of the target, in blocks: what MTAD approximates.
+    Mtjd,
+    /// Beams of the target, helped by beams of the draft.
+    Dsbd,
+    /// Whatever of the above is the fastest at the threshold of MTAD, or plain decoding.
+    Auto,
 }
 
 impl Strategy {
     /// All strategies with the names that users know them by.
-    pub const ALL: [(Strategy, &'static str); 4] = [
+    pub const ALL: [(Strategy, &'static str); 12] = [
         (Strategy::Greedy, "greedy"),
         (Strategy::Sample, "sample"),
         (Strategy::Speculative, "speculative"),
         (Strategy::Mtad, "mtad"),
+        (Strategy::Mmtad, "mmtad"),
+        (Strategy::SpecInfer, "specinfer"),
+        (Strategy::Bild, "bild"),
+        (Strategy::Typical, "typical"),
+        (Strategy::Beam, "beam"),
+        (Strategy::Mtjd, "mtjd"),
+        (Strategy::Dsbd, "dsbd"),
+        (Strategy::Auto, "auto"),
     ];
 
     /// Whether it needs a draft model.
     pub fn needs_draft(self) -> bool {
         match self {
-            Strategy::Greedy | Strategy::Sample => false,
-            Strategy::Speculative | Strategy::Mtad => true,
+            Strategy::Greedy | Strategy::Sample | Strategy::Beam | Strategy::Mtjd => false,
+            Strategy::Speculative
+            | Strategy::Mtad
+            | Strategy::Mmtad
+            | Strategy::SpecInfer
+            | Strategy::Bild
+            | Strategy::Typical
+            | Strategy::Dsbd
+            | Strategy::Auto => true,
         }
     }
 
@@ -67,6 +119,14 @@ impl Strategy {
             Strategy::Greedy | Strategy::Sample => Box::<Autoregressive>::default(),
             Strategy::Speculative => Box::<Speculative>::default(),
             Strategy::Mtad => Box::<Mtad>::default(),
+            Strategy::Mmtad => Box::<Mmtad>::default(),
+            Strategy::SpecInfer => Box::<SpecInfer>::default(),
+            Strategy::Bild => Box::<Bild>::default(),
+            Strategy::Typical => Box::<Typical>::default(),
+            Strategy::Beam => Box::<BeamDecoding>::default(),
+            Strategy::Mtjd => Box::<Mtjd>::default(),
+            Strategy::Dsbd => Box::<Dsbd>::default(),
+            Strategy::Auto => Box::<Auto>::default(),
         }
     }
 }
@@ -95,14 +155,27 @@ impl FromStr for Strategy {
 pub struct Settings {
     /// The algorithm.
     pub strategy: Strategy,
-    /// Draft length: tokens drafted per round.
+    /// Draft length: tokens drafted per round, at most; of MTJD the tokens of a block. SpecInfer
+    /// has `branching` instead, the controller chooses its own.
     pub gamma: usize,
-    /// Beams that MTAD drafts with.
+    /// Beams, of strategies that have them. The controller chooses its own.
     pub beam_width: usize,
     /// MTAD's threshold: joint p / joint q of an accepted block is above it.
     pub tau: f64,
-    /// Whether beams are drawn with replacement.
+    /// Whether beams and candidates are drawn with replacement.
     pub with_replacement: bool,
+    /// SpecInfer's tree: children of each node, depth by depth.
+    pub branching: Vec<usize>,
+    /// BiLD's draft hands over where its largest probability is below this.
+    pub fallback: f64,
+    /// BiLD's target rolls back to the first token with -ln p above this; may be infinite.
+    pub rollback: f64,
+    /// Typical acceptance takes tokens with p above this ...
+    pub epsilon: f64,
+    /// ... or above this times exp(-entropy of p).
+    pub delta: f64,
+    /// What the controller decides by; `None` has it measured at the start.
+    pub costs: Option<Arc<CostTable>>,
     /// How logits become probabilities, for target and draft alike.
     pub warp: Warp,
     /// Seed of all draws.
@@ -119,6 +192,12 @@ impl Default for Settings {
             beam_width: 4,
             tau: 0.1,
             with_replacement: false,
+            branching: vec![4, 2, 2],
+            fallback: 0.5,
+            rollback: 3.0,
+            epsilon: 0.09,
+            delta: 0.3,
+            costs: None,
             warp: Warp::default(),
             seed: 0,
             score: false,
@@ -146,19 +225,66 @@ impl Settings {
                 self.beam_width
             )));
         }
-        // The pending token, then all beams of all steps but the last, whose rows nobody needs.
-        let rows = 1 + (self.gamma - 1) * self.beam_width;
-        if self.strategy == Strategy::Mtad && rows > MAX_TREE {
+        self.validate_rows()?;
+        let from_0 = |name: &str, found: f64| match found.is_finite() && found >= 0.0 {
+            true => Ok(()),
+            false => Err(Error::invalid(format!("{name} must be 0 or more, not {found}"))),
+        };
+        from_0("tau", self.tau)?;
+        from_0("epsilon", self.epsilon)?;
+        from_0("delta", self.delta)?;
+        if !(0.0..=1.0).contains(&self.fallback) {
             return Err(Error::invalid(format!(
-                "gamma {} with beam-width {} drafts {rows} rows per round, and {MAX_TREE} are \
-                 allowed; lower one of them",
-                self.gamma, self.beam_width
+                "fallback must be from 0 (never) to 1, not {}",
+                self.fallback
             )));
         }
-        if !(self.tau.is_finite() && self.tau >= 0.0) {
-            return Err(Error::invalid(format!("tau must be 0 or more, not {}", self.tau)));
+        if self.rollback.is_nan() || self.rollback < 0.0 {
+            return Err(Error::invalid(format!(
+                "rollback must be 0 or more (inf: never), not {}",
+                self.rollback
+            )));
         }
         Ok(())
+    }
+
+    /// Refuses drafts that a tree has no room for.
+    fn validate_rows(&self) -> Result<()> {
+        if self.branching.is_empty() || self.branching.contains(&0) {
+            return Err(Error::invalid(format!(
+                "branching must be numbers from 1 on, one for each depth, not {:?}",
+                self.branching
+            )));
+        }
+        // Beside the pending token. Rows of a last step that is not verified are not needed.
+        let rows = match self.strategy {
+            Strategy::Mtad | Strategy::Mtjd => (self.gamma - 1) * self.beam_width,
+            Strategy::Mmtad | Strategy::Dsbd => self.gamma * self.beam_width,
+            Strategy::SpecInfer => specinfer::nodes_of(&self.branching),
+            _ => 0,
+        };
+        if rows >= MAX_TREE {
+            let of = match self.strategy {
+                Strategy::SpecInfer => format!("branching {:?}", self.branching),
+                _ => format!("gamma {} with beam-width {}", self.gamma, self.beam_width),
+            };
+            return Err(Error::invalid(format!(
+                "{of} makes {rows} rows beside the pending token in a round of {}, and {} are \
+                 allowed; lower it",
+                self.strategy,
+                MAX_TREE - 1
+            )));
+        }
+        Ok(())
+    }
+
+    /// The most tokens that a round drafts in a path.
+    fn draft_length(&self) -> usize {
+        match self.strategy {
+            Strategy::SpecInfer => self.branching.len(),
+            Strategy::Auto => auto::MOST_GAMMA,
+            _ => self.gamma,
+        }
     }
 }
 
@@ -210,8 +336,14 @@ pub struct Block {
     pub accepted: usize,
     /// ln of the accepted tokens' joint probability under the warped target.
     pub log_p: f64,
-    /// The same under the warped draft.
+    /// The same under the warped draft. Of MMTAD: that of the best final beam's first tokens, as
+    /// many.
     pub log_q: f64,
+    /// Of MTAD and MMTAD: ln p and ln q of each token of the best beam, accepted or not, up to one
+    /// that has no probability.
+    pub steps: Vec<(f64, f64)>,
+    /// Of MTAD and MMTAD: the depths that clear the threshold; bit 0 is the first token.
+    pub passed: u128,
     /// ln p of each emitted token under the unwarped target; empty unless scores are wanted.
     pub scores: Vec<f64>,
 }
@@ -220,7 +352,9 @@ impl Block {
     fn clear(&mut self) {
         self.tokens.clear();
         self.scores.clear();
-        (self.drafted, self.accepted, self.log_p, self.log_q) = (0, 0, 0.0, 0.0);
+        self.steps.clear();
+        (self.drafted, self.accepted, self.passed) = (0, 0, 0);
+        (self.log_p, self.log_q) = (0.0, 0.0);
     }
 
     /// Whether `tokens[i]` was drafted (and not drawn from the target).
@@ -242,7 +376,7 @@ pub struct Round<'a> {
     pub text: &'a [Token],
     /// The settings.
     pub settings: &'a Settings,
-    /// How many tokens to draft: `settings.gamma`, or what the context has room for.
+    /// How many tokens to draft, at most: what the settings say, or what the context has room for.
     pub gamma: usize,
     /// The generator.
     pub rng: &'a mut Rng,
@@ -268,9 +402,14 @@ pub trait Algorithm: Send {
     /// # Errors
     /// What the models report. The driver then forgets uncommitted rows.
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept>;
+
+    /// What it decided so far, if it decides anything.
+    fn decisions(&self, _settings: &Settings) -> Option<Decisions> {
+        None
+    }
 }
 
-/// The pending token's row and those of a chain after it.
+/// The pending token's row and those of a chain or a tree after it.
 struct Rows<'a> {
     outputs: &'a Outputs,
     /// The pending token's place in the batch and in the tree.
@@ -278,7 +417,7 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// What the row after `i` tokens of the chain returned.
+    /// What a row returned: 0 is the pending token's, the others follow in their order.
     fn get(&self, i: usize) -> Output<'a> {
         self.outputs.get(self.pending + i)
     }
@@ -288,17 +427,44 @@ impl<'a> Rows<'a> {
         Row((self.pending + i) as u32)
     }
 
-    /// Scores the block's tokens, the first of which follows the pending token.
-    fn score(&self, block: &mut Block, vocab: usize) {
-        for (i, &token) in block.tokens.iter().enumerate() {
-            block.scores.push(unwarped_log_prob(self.get(i), token, vocab));
+    /// Scores the block's tokens; each follows the row that `before` names.
+    fn score(&self, block: &mut Block, before: impl IntoIterator<Item = usize>, vocab: usize) {
+        for (&token, row) in block.tokens.iter().zip(before) {
+            block.scores.push(unwarped_log_prob(self.get(row), token, vocab));
         }
     }
 }
 
-/// Evaluates, in one pass on an empty tree, what of the text a model has not seen, and `chain`
-/// after it. The pending token and the chain return `want`. `later` is how many rows more the tree
-/// will have to hold.
+/// Evaluates, in one pass on an empty tree, what of the text a model has not seen, and nodes after
+/// it: tokens with the nodes before them, `None` for the pending token. The pending token and the
+/// nodes return `want`. `later` is how many rows more the tree will have to hold.
+fn eval_after<'a>(
+    lm: &'a mut dyn Lm,
+    text: &[Token],
+    nodes: impl ExactSizeIterator<Item = (Token, Option<usize>)>,
+    later: usize,
+    want: Want<'_>,
+) -> Result<Rows<'a>> {
+    let last = text.len() - 1;
+    let done = lm.committed();
+    if text.len() - done + nodes.len() + later > MAX_TREE {
+        extend(lm, &text[done..last])?;
+    }
+    let unseen = &text[lm.committed()..];
+    let pending = unseen.len() - 1;
+    let mut batch = Batch::new();
+    for (i, &token) in unseen.iter().enumerate() {
+        let parent = (i > 0).then(|| Row(i as u32 - 1));
+        batch.push(token, parent, if i < pending { Want::Nothing } else { want });
+    }
+    for (token, parent) in nodes {
+        let row = parent.map_or(pending, |node| pending + 1 + node);
+        batch.push(token, Some(Row(row as u32)), want);
+    }
+    Ok(Rows { outputs: lm.eval(&batch)?, pending })
+}
+
+/// The same for a chain.
 fn eval_chain<'a>(
     lm: &'a mut dyn Lm,
     text: &[Token],
@@ -306,24 +472,49 @@ fn eval_chain<'a>(
     later: usize,
     want: Want<'_>,
 ) -> Result<Rows<'a>> {
-    let last = text.len() - 1;
-    let done = lm.committed();
-    if text.len() - done + chain.len() + later > MAX_TREE {
-        extend(lm, &text[done..last])?;
-    }
-    let unseen = &text[lm.committed()..];
-    let pending = unseen.len() - 1;
-    let mut batch = Batch::new();
-    for (i, &token) in unseen.iter().chain(chain).enumerate() {
-        let parent = (i > 0).then(|| Row(i as u32 - 1));
-        batch.push(token, parent, if i < pending { Want::Nothing } else { want });
-    }
-    Ok(Rows { outputs: lm.eval(&batch)?, pending })
+    let nodes = chain.iter().enumerate().map(|(i, &token)| (token, i.checked_sub(1)));
+    eval_after(lm, text, nodes, later, want)
 }
 
-/// The least that rows of `lm` must return under this warping; `largest` as in [`Warp::want`].
-fn want(warp: &Warp, lm: &dyn Lm, vocab: usize, largest: Option<usize>) -> Want<'static> {
-    warp.want(lm.vocab_size() == vocab, largest)
+/// The target's pass over drafted nodes, between the phases around it.
+fn verify_nodes<'a>(
+    target: &'a mut dyn Lm,
+    timeline: &mut Timeline,
+    settings: &Settings,
+    vocab: usize,
+    text: &[Token],
+    nodes: impl ExactSizeIterator<Item = (Token, Option<usize>)>,
+) -> Result<Rows<'a>> {
+    timeline.enter(Phase::Verify);
+    let want = want(&settings.warp, target, vocab, None, settings.score);
+    let rows = eval_after(target, text, nodes, 0, want)?;
+    timeline.enter(Phase::Sample);
+    Ok(rows)
+}
+
+/// The same for a chain.
+fn verify_chain<'a>(
+    target: &'a mut dyn Lm,
+    timeline: &mut Timeline,
+    settings: &Settings,
+    vocab: usize,
+    text: &[Token],
+    chain: &[Token],
+) -> Result<Rows<'a>> {
+    let nodes = chain.iter().enumerate().map(|(i, &token)| (token, i.checked_sub(1)));
+    verify_nodes(target, timeline, settings, vocab, text, nodes)
+}
+
+/// The least that rows of `lm` must return under this warping; `largest` and `score` as in
+/// [`Warp::want`].
+fn want(
+    warp: &Warp,
+    lm: &dyn Lm,
+    vocab: usize,
+    largest: Option<usize>,
+    score: bool,
+) -> Want<'static> {
+    warp.want(lm.vocab_size() == vocab, largest, score)
 }
 
 /// The draft of a strategy that needs one.
@@ -356,11 +547,23 @@ mod tests {
         assert!(fine.validate().is_ok());
         let wide = Settings { gamma: 64, beam_width: 4, ..fine.clone() };
         assert!(Settings { strategy: Strategy::Speculative, ..wide.clone() }.validate().is_ok());
+        let branching = |k: &[usize]| Settings { branching: k.to_vec(), ..fine.clone() };
+        assert!(Settings { rollback: f64::INFINITY, ..fine.clone() }.validate().is_ok());
         for (settings, name) in [
             (Settings { gamma: 0, ..fine.clone() }, "gamma"),
             (Settings { gamma: MAX_TREE, ..fine.clone() }, "gamma"),
             (Settings { beam_width: 0, ..fine.clone() }, "beam-width"),
-            (wide, "gamma 64 with beam-width 4"),
+            (wide.clone(), "gamma 64 with beam-width 4"),
+            (Settings { strategy: Strategy::Mtjd, ..wide }, "gamma 64 with beam-width 4"),
+            (Settings { strategy: Strategy::SpecInfer, ..branching(&[8, 8, 8]) }, "branching"),
+            (Settings { strategy: Strategy::SpecInfer, ..branching(&[500; 30]) }, "branching"),
+            (branching(&[]), "branching"),
+            (branching(&[2, 0]), "branching"),
+            (Settings { fallback: 1.5, ..fine.clone() }, "fallback"),
+            (Settings { rollback: -1.0, ..fine.clone() }, "rollback"),
+            (Settings { rollback: f64::NAN, ..fine.clone() }, "rollback"),
+            (Settings { epsilon: -0.1, ..fine.clone() }, "epsilon"),
+            (Settings { delta: f64::INFINITY, ..fine.clone() }, "delta"),
             (Settings { tau: -1.0, ..fine.clone() }, "tau"),
             (Settings { tau: f64::NAN, ..fine.clone() }, "tau"),
             (Settings { warp: Warp { top_p: 2.0, ..fine.warp }, ..fine.clone() }, "top-p"),

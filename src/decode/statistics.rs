@@ -47,7 +47,7 @@ impl Statistics {
         self.min_log_ratio = self.min_log_ratio.min(other.min_log_ratio);
     }
 
-    /// Rounds: passes of the target.
+    /// Rounds. With a draft each is one pass of the target.
     pub fn rounds(&self) -> u64 {
         self.accepted_lengths.iter().sum()
     }

@@ -7,6 +7,8 @@
 //! and it sees the whole line, its ancestors and itself. Chain drafting, beams, trees, rollback
 //! and prompt reuse are all these two calls, and no cache is ever copied.
 
+use std::cmp::Ordering;
+
 use crate::error::Result;
 
 /// A token's number in the vocabulary.
@@ -27,13 +29,13 @@ pub enum Want<'a> {
     Nothing,
     /// All logits.
     Logits,
-    /// The `k` largest logits, largest first (ties: the smaller token first), and the
-    /// log-sum-exp of all logits divided by `temperature`.
+    /// The `k` largest logits, largest first (ties: the smaller token first), and, if a
+    /// temperature is given, the log-sum-exp of all logits divided by it.
     Top {
         /// How many; at most the vocabulary's size are returned.
         k: usize,
-        /// Greater than 0.
-        temperature: f32,
+        /// Greater than 0. `None` spares a sum over the whole vocabulary.
+        temperature: Option<f32>,
     },
     /// The log-probabilities, at `temperature`, of these tokens.
     LogProbs {
@@ -99,12 +101,12 @@ pub enum Output<'a> {
     Nothing,
     /// All logits, one for each token of the vocabulary.
     Logits(&'a [f32]),
-    /// The largest logits with their tokens, and the log-sum-exp of all.
+    /// The largest logits with their tokens, and the log-sum-exp of all if it was asked for.
     Top {
         /// Largest first.
         top: &'a [(Token, f32)],
         /// ln sum exp(logit / temperature) over the vocabulary.
-        log_sum_exp: f64,
+        log_sum_exp: Option<f64>,
     },
     /// Log-probabilities of the tokens asked for, in their order.
     LogProbs(&'a [f64]),
@@ -120,6 +122,8 @@ pub struct Outputs {
     logits: Vec<f32>,
     top: Vec<(Token, f32)>,
     log_probs: Vec<f64>,
+    /// Where the largest of a row are looked for.
+    candidates: Vec<(Token, f32)>,
 }
 
 /// Ranges into the arrays of [`Outputs`], so that a reused `Outputs` allocates nothing.
@@ -127,7 +131,7 @@ pub struct Outputs {
 enum Stored {
     Nothing,
     Logits(std::ops::Range<usize>),
-    Top(std::ops::Range<usize>, f64),
+    Top(std::ops::Range<usize>, Option<f64>),
     LogProbs(std::ops::Range<usize>),
 }
 
@@ -179,7 +183,11 @@ impl Outputs {
     }
 
     /// Adds a row's largest logits.
-    pub fn push_top(&mut self, top: impl IntoIterator<Item = (Token, f32)>, log_sum_exp: f64) {
+    pub fn push_top(
+        &mut self,
+        top: impl IntoIterator<Item = (Token, f32)>,
+        log_sum_exp: Option<f64>,
+    ) {
         let start = self.top.len();
         self.top.extend(top);
         self.rows.push(Stored::Top(start..self.top.len(), log_sum_exp));
@@ -198,17 +206,11 @@ impl Outputs {
             Want::Nothing => self.push_nothing(),
             Want::Logits => self.push_logits(logits),
             Want::Top { k, temperature } => {
-                let mut order: Vec<(Token, f32)> =
-                    logits.iter().enumerate().map(|(i, &x)| (i as Token, x)).collect();
-                let largest =
-                    |a: &(Token, f32), b: &(Token, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-                let k = k.min(order.len());
-                if k > 0 && k < order.len() {
-                    order.select_nth_unstable_by(k - 1, largest);
-                }
-                order.truncate(k);
-                order.sort_unstable_by(largest);
-                self.push_top(order, log_sum_exp(logits, temperature));
+                let mut candidates = std::mem::take(&mut self.candidates);
+                largest(logits, k, &mut candidates);
+                let lse = temperature.map(|temperature| log_sum_exp(logits, temperature));
+                self.push_top(candidates.drain(..), lse);
+                self.candidates = candidates;
             }
             Want::LogProbs { tokens, temperature } => {
                 let lse = log_sum_exp(logits, temperature);
@@ -230,6 +232,39 @@ impl Outputs {
             }
         }
     }
+}
+
+/// The order of logits or weights with their tokens: the larger first, of equal ones the smaller
+/// token.
+pub(crate) fn largest_first(a: &(Token, f32), b: &(Token, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// The `k` largest of `logits` with their tokens, largest first, in `into`.
+///
+/// One scan that keeps candidates in a buffer of bounded size: nothing of the vocabulary's size is
+/// written, and what cannot be among the largest costs one comparison.
+pub(crate) fn largest(logits: &[f32], k: usize, into: &mut Vec<(Token, f32)>) {
+    into.clear();
+    if k == 0 {
+        return;
+    }
+    // Twice what is wanted, so that each selection sheds half of it.
+    let most = k.saturating_mul(2).max(64);
+    let mut least = f32::NEG_INFINITY;
+    for (token, &x) in (0..).zip(logits) {
+        // What is not a number must be seen.
+        if x >= least || x.is_nan() {
+            into.push((token, x));
+            if into.len() == most {
+                into.select_nth_unstable_by(k - 1, largest_first);
+                into.truncate(k);
+                least = into[k - 1].1;
+            }
+        }
+    }
+    into.sort_unstable_by(largest_first);
+    into.truncate(k);
 }
 
 /// ln sum exp(x / temperature), summed in f64.
@@ -292,4 +327,46 @@ pub fn extend(lm: &mut dyn Lm, tokens: &[Token]) -> Result<()> {
         lm.keep(Some(Row(piece.len() as u32 - 1)))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_are_those_of_a_full_sort() {
+        let mut state = 1u32;
+        let mut next = |n: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) % n
+        };
+        let mut found = Vec::new();
+        for case in 0..300 {
+            let len = 1 + next(3000) as usize;
+            // Few different values, so that there are ties; rising ones, the worst case.
+            let values = 1 + next(200);
+            let logits: Vec<f32> = (0..len)
+                .map(|i| if case % 5 == 0 { i as f32 } else { next(values) as f32 - 50.0 })
+                .collect();
+            let k = next(100) as usize;
+            largest(&logits, k, &mut found);
+            let mut all: Vec<_> = (0..).zip(logits).collect();
+            all.sort_by(largest_first);
+            all.truncate(k);
+            assert_eq!(found, all);
+        }
+        largest(&[0.0, f32::NAN, 1.0], 1, &mut found);
+        assert!(found[0].1.is_nan());
+    }
+
+    #[test]
+    fn a_log_sum_exp_comes_only_when_asked_for() {
+        let mut outputs = Outputs::default();
+        outputs.push(&Want::Top { k: 1, temperature: None }, &[0.0, 0.0]);
+        outputs.push(&Want::Top { k: 3, temperature: Some(2.0) }, &[0.0, 0.0]);
+        assert_eq!(outputs.get(0), Output::Top { top: &[(0, 0.0)], log_sum_exp: None });
+        let Output::Top { top, log_sum_exp: Some(lse) } = outputs.get(1) else { panic!() };
+        assert_eq!(top, [(0, 0.0), (1, 0.0)]);
+        assert!((lse - 2.0f64.ln()).abs() < 1e-12);
+    }
 }

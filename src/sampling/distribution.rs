@@ -1,10 +1,8 @@
 //! The probabilities of one row.
 
-use std::cmp::Ordering;
-
 use super::{Path, Rng, Warp};
 use crate::error::{Error, Result};
-use crate::model::lm::{Output, Token};
+use crate::model::lm::{Output, Token, largest, largest_first};
 
 /// Weights that are summed together before a draw looks at single ones.
 const CHUNK: usize = 256;
@@ -61,8 +59,9 @@ impl Distribution {
                     self.weigh_candidates(warp);
                     self.support_from_candidates(vocab);
                 } else {
+                    let lse = log_sum_exp.expect("a row that is not truncated has its sum");
                     for (_, x) in &mut self.candidates {
-                        *x = (f64::from(*x) - log_sum_exp).exp() as f32;
+                        *x = (f64::from(*x) - lse).exp() as f32;
                     }
                     self.support_from_candidates(vocab);
                     self.total = 1.0;
@@ -87,20 +86,15 @@ impl Distribution {
         };
         let k = if warp.is_greedy() { 1 } else { warp.top_k };
         if k > 0 && k < logits.len() {
-            self.candidates.clear();
-            self.candidates.extend((0..).zip(logits.iter().copied()));
-            for &token in &self.recent {
-                let x = &mut self.candidates[token as usize].1;
-                *x = penalised(*x);
-            }
-            if k == 1 {
-                let largest = self.candidates.iter().copied().min_by(most_probable_first);
-                self.candidates.clear();
-                self.candidates.extend(largest);
-            } else {
-                self.candidates.select_nth_unstable_by(k - 1, most_probable_first);
+            // The largest that are not penalised are among so many of all.
+            largest(logits, k + self.recent.len(), &mut self.candidates);
+            if !self.recent.is_empty() {
+                let recent = &self.recent;
+                self.candidates.retain(|(token, _)| recent.binary_search(token).is_err());
+                let penalised = recent.iter().map(|&t| (t, penalised(logits[t as usize])));
+                self.candidates.extend(penalised);
+                self.candidates.sort_unstable_by(largest_first);
                 self.candidates.truncate(k);
-                self.candidates.sort_unstable_by(most_probable_first);
             }
             self.weigh_candidates(warp);
             return self.support_from_candidates(logits.len());
@@ -130,7 +124,7 @@ impl Distribution {
             let weights = (0..).zip(self.weights.iter().copied());
             self.candidates.extend(weights.filter(|&(_, w)| f64::from(w) >= least));
             self.truncate_before_sorting(f64::from(warp.top_p) * total);
-            self.candidates.sort_unstable_by(most_probable_first);
+            self.candidates.sort_unstable_by(largest_first);
             self.truncate_candidates(warp, total);
             self.support_from_candidates(logits.len());
         } else {
@@ -160,7 +154,7 @@ impl Distribution {
     fn truncate_before_sorting(&mut self, mass: f64) {
         let mut few = 64;
         while few < self.candidates.len() {
-            self.candidates.select_nth_unstable_by(few - 1, most_probable_first);
+            self.candidates.select_nth_unstable_by(few - 1, largest_first);
             let reached: f64 = self.candidates[..few].iter().map(|c| f64::from(c.1)).sum();
             // A little more, as sums in another order differ in the last places.
             if reached >= mass * (1.0 + 1e-9) {
@@ -239,8 +233,8 @@ impl Distribution {
     pub fn argmax(&self) -> Token {
         let weight = |t: Token| (t, self.weights[t as usize]);
         let largest = match &self.support {
-            Some(support) => support.iter().map(|&t| weight(t)).min_by(most_probable_first),
-            None => (0..self.weights.len() as Token).map(weight).min_by(most_probable_first),
+            Some(support) => support.iter().map(|&t| weight(t)).min_by(largest_first),
+            None => (0..self.weights.len() as Token).map(weight).min_by(largest_first),
         };
         largest.expect("a distribution was filled").0
     }
@@ -274,26 +268,66 @@ impl Distribution {
     }
 
     /// Takes a token out, so that it is not drawn again. Probabilities of the others stay as they
-    /// are, and [`Distribution::mass`] is what they sum to.
-    pub fn remove(&mut self, token: Token) {
-        self.weights[token as usize] = 0.0;
+    /// are, and [`Distribution::mass`] is what they sum to. Returns what
+    /// [`Distribution::restore`] wants to undo it.
+    pub fn remove(&mut self, token: Token) -> Removed {
+        let weight = std::mem::take(&mut self.weights[token as usize]);
         // A difference would lose what is left beside a token of almost all the mass.
         self.left = self.sum_left();
+        Removed { token, weight }
+    }
+
+    /// Puts tokens back that were removed, as they were.
+    pub fn restore(&mut self, removed: impl IntoIterator<Item = Removed>) {
+        for Removed { token, weight } in removed {
+            self.weights[token as usize] = weight;
+        }
+        self.left = self.sum_left();
+    }
+
+    /// Makes probabilities sum to 1 again after removals. Some mass must be left.
+    pub fn renormalize(&mut self) {
+        self.total = self.left;
     }
 
     /// Makes this the residual max(p - q, 0), normalised, with p what it was: what a rejected
     /// token is replaced from (Leviathan et al. 2023, algorithm 1). If rounding leaves nothing, it
     /// stays p.
     pub fn subtract(&mut self, q: &Distribution) {
-        let total = self.total;
-        let residual = |t: Token, w: f32| (f64::from(w) / total - q.prob(t)).max(0.0) as f32;
-        let mut any = false;
-        self.each(|t, w| any |= residual(t, *w) > 0.0);
-        if any {
-            self.each(|t, w| *w = residual(t, *w));
-            self.left = self.sum_left();
-            self.total = self.left;
+        if self.excess(1.0, q, 1.0) > 0.0 {
+            self.subtract_scaled(1.0, q, 1.0);
+            self.renormalize();
         }
+    }
+
+    /// Makes this max(a p - b q, 0), not normalised, with p what it was: one part of a residual of
+    /// joint distributions. [`Distribution::mass`] is then its sum.
+    pub fn subtract_scaled(&mut self, a: f64, q: &Distribution, b: f64) {
+        let a = a / self.total;
+        self.each(|t, w| *w = (f64::from(*w) * a - b * q.prob(t)).max(0.0) as f32);
+        self.left = self.sum_left();
+        self.total = 1.0;
+    }
+
+    /// The sum over tokens of max(a p - b q, 0).
+    pub fn excess(&self, a: f64, q: &Distribution, b: f64) -> f64 {
+        let a = a / self.total;
+        let excess = |t: Token, w: f32| (f64::from(w) * a - b * q.prob(t)).max(0.0);
+        match &self.support {
+            Some(support) => support.iter().map(|&t| excess(t, self.weights[t as usize])).sum(),
+            None => (0..).zip(&self.weights).map(|(t, &w)| excess(t, w)).sum(),
+        }
+    }
+
+    /// The entropy -sum p ln p of what was not removed, in nats.
+    pub fn entropy(&self) -> f64 {
+        // With p = w / total: ln total - (sum w ln w) / total.
+        let term = |w: f32| if w > 0.0 { f64::from(w) * f64::from(w.ln()) } else { 0.0 };
+        let sum: f64 = match &self.support {
+            Some(support) => support.iter().map(|&t| term(self.weights[t as usize])).sum(),
+            None => self.weights.iter().map(|&w| term(w)).sum(),
+        };
+        (self.total.ln() * self.mass() - sum / self.total).max(0.0)
     }
 
     /// Visits the weights of the support.
@@ -305,6 +339,13 @@ impl Distribution {
             None => (0..).zip(&mut self.weights).for_each(|(t, w)| visit(t, w)),
         }
     }
+}
+
+/// A token that was taken out of a distribution.
+#[derive(Debug, Clone, Copy)]
+pub struct Removed {
+    token: Token,
+    weight: f32,
 }
 
 /// The element at which a sum of weights passes `at`, or the last with weight if rounding keeps
@@ -321,10 +362,6 @@ pub(crate) fn pick<T>(weighted: impl Iterator<Item = (T, f64)>, at: &mut f64) ->
         }
     }
     last
-}
-
-fn most_probable_first(a: &(Token, f32), b: &(Token, f32)) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
 /// A sum in eight lanes, always in the same order.
@@ -465,7 +502,7 @@ mod tests {
                 min_p: [0.0, 0.1][round / 2 % 2],
                 ..NEUTRAL
             };
-            let want = warp.want(true, None);
+            let want = warp.want(true, None, false);
             assert!(matches!(want, Want::Top { .. }));
             let mut outputs = Outputs::default();
             outputs.push(&want, &logits);
@@ -482,7 +519,7 @@ mod tests {
     fn a_few_largest_of_an_unwarped_row_keep_their_true_probabilities() {
         let logits = logs(&[0.4, 0.05, 0.3, 0.05, 0.2]);
         let mut outputs = Outputs::default();
-        outputs.push(&NEUTRAL.want(true, Some(2)), &logits);
+        outputs.push(&NEUTRAL.want(true, Some(2), false), &logits);
         let mut d = Distribution::default();
         d.fill(outputs.get(0), 5, &NEUTRAL, Path::default()).unwrap();
         near(&probs(&d), &[0.4, 0.0, 0.3, 0.0, 0.0]);
@@ -578,6 +615,53 @@ mod tests {
             assert_eq!(drawn[0], 0);
             drawn.sort_unstable();
             assert_eq!(drawn, [0, 1, 2]);
+        }
+    }
+
+    #[test]
+    fn what_was_removed_comes_back_as_it_was() {
+        for warp in [NEUTRAL, Warp { top_k: 3, ..NEUTRAL }] {
+            let mut d = filled(&logs(&[0.5, 0.3, 0.2]), &warp, Path::default());
+            let before = probs(&d);
+            let removed = [d.remove(0), d.remove(2)];
+            d.renormalize();
+            near(&probs(&d), &[0.0, 1.0, 0.0]);
+            d.restore(removed);
+            d.renormalize();
+            assert_eq!(probs(&d), before);
+        }
+    }
+
+    #[test]
+    fn entropy_and_excess_are_what_they_are_defined_as() {
+        for warp in [NEUTRAL, Warp { top_k: 3, ..NEUTRAL }] {
+            let p = filled(&logs(&[0.5, 0.25, 0.25]), &warp, Path::default());
+            let q = filled(&logs(&[0.2, 0.7, 0.1]), &warp, Path::default());
+            assert!((p.entropy() - 1.5 * 2.0f64.ln()).abs() < 1e-6);
+            assert!((p.excess(1.0, &q, 1.0) - 0.45).abs() < 1e-6);
+            assert!((p.excess(0.5, &q, 0.2) - (0.21 + 0.105)).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_penalty_may_bring_others_among_the_largest() {
+        let mut rng = Rng::new(9);
+        for round in 0..100 {
+            let logits: Vec<f32> = (0..200).map(|_| rng.below(40) as f32 - 15.0).collect();
+            let text: Vec<Token> = (0..50).map(|_| rng.below(200)).collect();
+            let path = Path { text: &text, branch: &[] };
+            let penalty = [0.5, 1.7][round % 2];
+            let warp = Warp { repeat_penalty: penalty, top_k: 1 + round % 20, ..NEUTRAL };
+            let mut all: Vec<(Token, f32)> = (0..).zip(logits.iter().copied()).collect();
+            for (t, x) in &mut all {
+                if text.contains(t) {
+                    *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
+                }
+            }
+            all.sort_by(largest_first);
+            let d = filled(&logits, &warp, path);
+            let kept: Vec<Token> = all[..warp.top_k].iter().map(|c| c.0).collect();
+            assert_eq!(d.support.as_deref(), Some(&kept[..]));
         }
     }
 

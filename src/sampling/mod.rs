@@ -9,25 +9,25 @@ mod distribution;
 mod rng;
 mod warp;
 
-pub use distribution::Distribution;
 pub(crate) use distribution::pick;
+pub use distribution::{Distribution, Removed};
 pub use rng::Rng;
 pub use warp::{Path, Warp};
 
 use crate::model::lm::{Output, Token, log_sum_exp};
 
 /// ln p(token) of a row before any warping, over the first `vocab` entries: what perplexity is
-/// made of. A row of the largest logits must hold the token and have been asked for at
-/// temperature 1, as [`Warp::want`] does.
+/// made of. A row of the largest logits must hold the token and have been asked for with the
+/// log-sum-exp at temperature 1, as [`Warp::want`] does for rows that are to be scored.
 ///
 /// # Panics
-/// If the row returned neither logits nor the largest with this token among them.
+/// If the row did not return that.
 pub fn unwarped_log_prob(output: Output<'_>, token: Token, vocab: usize) -> f64 {
     match output {
         Output::Logits(logits) => {
             f64::from(logits[token as usize]) - log_sum_exp(&logits[..vocab], 1.0)
         }
-        Output::Top { top, log_sum_exp } => {
+        Output::Top { top, log_sum_exp: Some(log_sum_exp) } => {
             let found = top.iter().find(|(t, _)| *t == token);
             f64::from(found.expect("an emitted token is among the largest").1) - log_sum_exp
         }

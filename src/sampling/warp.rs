@@ -96,8 +96,9 @@ impl Warp {
 
     /// The least that a model must return for [`super::Distribution::fill`] to be exact. `whole`:
     /// the model's rows have no entries beyond the vocabulary in use. `largest`: only so many of
-    /// the most probable tokens are going to be looked at, if that is known.
-    pub fn want(&self, whole: bool, largest: Option<usize>) -> Want<'static> {
+    /// the most probable tokens are going to be looked at, if that is known. `score`: the row is
+    /// also going to be scored ([`super::unwarped_log_prob`]).
+    pub fn want(&self, whole: bool, largest: Option<usize>, score: bool) -> Want<'static> {
         let unwarped =
             self.temperature == 1.0 && self.top_k == 0 && self.top_p == 1.0 && self.min_p == 0.0;
         let k = match largest {
@@ -107,8 +108,9 @@ impl Warp {
         };
         // A penalty may change which tokens are the largest.
         if whole && self.repeat_penalty == 1.0 && (1..=MOST_READ_AS_TOP).contains(&k) {
-            // Renormalised survivors need no log-sum-exp; scores need it, at temperature 1.
-            Want::Top { k, temperature: 1.0 }
+            // Renormalised survivors need no log-sum-exp; true probabilities and scores do.
+            let sum = score || !(self.is_greedy() || self.top_k > 0);
+            Want::Top { k, temperature: sum.then_some(1.0) }
         } else {
             Want::Logits
         }
@@ -159,15 +161,18 @@ mod tests {
     #[test]
     fn a_row_returns_no_more_than_is_needed() {
         let neutral = Warp::default();
-        let top = |k| Want::Top { k, temperature: 1.0 };
+        let top = |k| Want::Top { k, temperature: None };
+        let summed = |k| Want::Top { k, temperature: Some(1.0) };
         let greedy = Warp { temperature: 0.0, ..neutral };
-        assert_eq!(greedy.want(true, None), top(1));
-        assert_eq!(greedy.want(false, None), Want::Logits);
-        assert_eq!(greedy.for_draft().want(true, Some(4)), top(4));
-        assert_eq!(neutral.want(true, None), Want::Logits);
-        assert_eq!(Warp { top_k: 40, temperature: 0.7, ..neutral }.want(true, None), top(40));
+        assert_eq!(greedy.want(true, None, false), top(1));
+        assert_eq!(greedy.want(true, None, true), summed(1));
+        assert_eq!(greedy.want(false, None, false), Want::Logits);
+        assert_eq!(greedy.for_draft().want(true, Some(4), false), summed(4));
+        assert_eq!(neutral.want(true, None, false), Want::Logits);
+        let few = Warp { top_k: 40, temperature: 0.7, ..neutral };
+        assert_eq!(few.want(true, None, false), top(40));
         let penalised = Warp { repeat_penalty: 1.1, ..greedy };
-        assert_eq!(penalised.want(true, None), Want::Logits);
+        assert_eq!(penalised.want(true, None, false), Want::Logits);
         assert_eq!(penalised.for_draft().repeat_penalty, 1.1);
     }
 

@@ -1,0 +1,36 @@
+//! Multi-token joint decoding (Qin et al., ICLR 2025, arXiv 2407.09722, section 3): the target alone
+//! beam-samples blocks of gamma tokens by their joint likelihood and commits the best beam.
+//!
+//! It is what MTAD approximates: slow, and the reference of its quality. At temperature 0 it is
+//! beam search in blocks, whose text is not the greedy one.
+
+use super::beams::{Beams, Sampling};
+use super::{Algorithm, Block, Kept, Phase, Round};
+use crate::error::Result;
+
+/// MTJD.
+#[derive(Debug, Default)]
+pub struct Mtjd {
+    beams: Beams,
+}
+
+impl Algorithm for Mtjd {
+    fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
+        let vocab = round.models.vocab();
+        round.timeline.enter(Phase::Verify);
+        let (target, how) = (&mut *round.models.target, Sampling::of_target(round.settings));
+        self.beams.sample(target, round.text, vocab, round.gamma, &how, round.rng)?;
+
+        round.timeline.enter(Phase::Sample);
+        let path = self.beams.path(self.beams.best().node);
+        for &node in &path {
+            let node = &self.beams.nodes[node];
+            block.tokens.push(node.token);
+            if how.score {
+                block.scores.push(node.score);
+            }
+        }
+        // The last token was not evaluated: it is pending.
+        Ok(Kept { target: Some(self.beams.kept(&path, path.len())), draft: None })
+    }
+}
