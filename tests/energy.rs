@@ -334,7 +334,7 @@ fn batteries_count_only_while_they_are_discharged() {
 #[cfg(unix)]
 #[test]
 fn commands_and_files_are_meters() {
-    let open = |name: &str| Sources::below("/nowhere").choose(&[name.to_owned()]).unwrap();
+    let open = |name: &str| Sources::below("/nowhere").choose(&[name.to_owned()]).unwrap().meters;
     // A command that ends is run again, and counts joules from its first line on.
     let fake = Fake::with(&[("joules", "5000 J")]);
     let file = fake.path("joules").display().to_string();
@@ -478,7 +478,7 @@ fn meters_are_chosen_by_name_or_family() {
     let choose = |names: &[&str]| {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let chosen = fake.sources().choose(&names);
-        chosen.map(|all| all.iter().map(|m| m.name().to_owned()).collect::<Vec<_>>())
+        chosen.map(|all| all.meters.iter().map(|m| m.name().to_owned()).collect::<Vec<_>>())
     };
     assert_eq!(choose(&[]).unwrap().len(), 5);
     assert_eq!(choose(&["rapl"]).unwrap().len(), 5);

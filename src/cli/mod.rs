@@ -3,8 +3,11 @@
 //! Human output goes to standard output, progress and diagnostics to standard error. Exit codes:
 //! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
 
+mod devices;
+mod energy;
 mod inspect;
 mod logits;
+mod metering;
 mod run;
 mod tokenize;
 
@@ -30,10 +33,12 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Inspect(inspect::InspectArgs),
+    Energy(Box<energy::EnergyArgs>),
+    Devices(devices::DevicesArgs),
 }
 
 /// Parses the command line and runs it.
@@ -44,6 +49,8 @@ pub fn main() -> ExitCode {
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Energy(args) => energy::energy(&args),
+        Command::Devices(args) => devices::devices(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use clap::Args;
 use serde_json::json;
 
+use super::metering::{Measured, MeterArgs, Work};
 use super::{DeviceArgs, loading_bar, open_model, print_line, read_text, stdout_error};
 use crate::backend::CacheType;
 use crate::decode::{Phase, Settings, Strategy};
@@ -25,28 +26,28 @@ use crate::sampling::Warp;
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// The text to go on from
-    prompt: Option<String>,
+    pub(super) prompt: Option<String>,
 
     /// Read the prompt from a file
     #[arg(long, short, value_name = "FILE", conflicts_with = "prompt")]
-    file: Option<PathBuf>,
+    pub(super) file: Option<PathBuf>,
 
     /// The target model, a GGUF file [default: the built-in pair]
     #[arg(long, short, value_name = "GGUF")]
-    model: Option<PathBuf>,
+    pub(super) model: Option<PathBuf>,
 
     /// The draft model, a GGUF file with the target's vocabulary
     #[arg(long, short, value_name = "GGUF", requires = "model")]
-    draft: Option<PathBuf>,
+    pub(super) draft: Option<PathBuf>,
 
     /// How tokens are chosen: greedy, sample, speculative or mtad [default: mtad with a draft,
     /// sample without]
     #[arg(long, short, value_name = "NAME")]
-    strategy: Option<Strategy>,
+    pub(super) strategy: Option<Strategy>,
 
     /// The most tokens to generate
     #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
-    max_tokens: usize,
+    pub(super) max_tokens: usize,
 
     /// Divide logits by this before drawing; 0 takes the most probable token
     #[arg(long, value_name = "X", default_value_t = Warp::default().temperature)]
@@ -70,7 +71,7 @@ pub struct RunArgs {
 
     /// Seed of all draws: the same seed gives the same text [default: from the clock]
     #[arg(long, value_name = "N")]
-    seed: Option<u64>,
+    pub(super) seed: Option<u64>,
 
     /// Tokens that the draft proposes per round
     #[arg(long, value_name = "G", default_value_t = DEFAULT_GAMMA)]
@@ -103,22 +104,25 @@ pub struct RunArgs {
 
     /// Do not print the prompt before the text
     #[arg(long)]
-    no_echo: bool,
+    pub(super) no_echo: bool,
 
     /// Print to standard error what happened: rounds, acceptance, speed, time by phase
     #[arg(long)]
-    stats: bool,
+    pub(super) stats: bool,
 
     /// Score the text: its perplexity under the target, before any warping
     #[arg(long)]
-    score: bool,
+    pub(super) score: bool,
 
     /// Print one line of JSON instead of text
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 
     #[command(flatten)]
-    device: DeviceArgs,
+    pub(super) device: DeviceArgs,
+
+    #[command(flatten)]
+    pub(super) meters: MeterArgs,
 }
 
 const DEFAULT_GAMMA: usize = 4;
@@ -131,7 +135,12 @@ impl RunArgs {
         self.strategy.unwrap_or(if has_draft { Strategy::Mtad } else { Strategy::Sample })
     }
 
-    fn request(&self, strategy: Strategy, seed: u64, cancel: &Arc<AtomicBool>) -> Request {
+    pub(super) fn request(
+        &self,
+        strategy: Strategy,
+        seed: u64,
+        cancel: &Arc<AtomicBool>,
+    ) -> Request {
         Request {
             settings: Settings {
                 strategy,
@@ -157,8 +166,15 @@ impl RunArgs {
         }
     }
 
+    pub(super) fn session_options(&self) -> SessionOptions {
+        SessionOptions {
+            context: self.device.context(),
+            cache_type: if self.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
+        }
+    }
+
     /// Loads the pair, without a draft where the strategy has no use for one.
-    fn load(&self, strategy: Strategy) -> Result<Pair> {
+    pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
         let options = self.device.load_options();
         let mut bar = loading_bar();
         let Some(model) = &self.model else {
@@ -178,7 +194,7 @@ impl RunArgs {
 }
 
 /// A seed that differs from run to run.
-fn clock_seed() -> u64 {
+pub(super) fn clock_seed() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     since.as_nanos() as u64 % 1_000_000_000
 }
@@ -190,7 +206,8 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let request = args.request(strategy, seed, &cancel);
     request.validate()?;
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
-    let pair = args.load(strategy)?;
+    let mut metering = args.meters.start(None)?;
+    let pair = metering.load(|| args.load(strategy))?;
     let trained = pair.target().shape().context;
     if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
         eprintln!(
@@ -199,10 +216,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     }
     watch_for_interrupts(cancel);
 
-    let mut session = pair.session(&SessionOptions {
-        context: args.device.context(),
-        cache_type: if args.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
-    });
+    let mut session = pair.session(&args.session_options());
+    metering.listen_to(&mut session);
+    let begun = metering.begin();
     let start = Instant::now();
     let mut out = io::stdout().lock();
     let mut show = |text: &str| {
@@ -222,10 +238,14 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         show(&piece.text)?;
         text.push_str(&piece.text);
     }
+    let window = metering.end(begun);
     show("\n")?;
     drop(out);
 
+    let measured = metering.finish();
+    let work = Work::new(window, &generation);
     let report = Report {
+        energy: measured.as_ref().map(|measured| (measured, &work)),
         generation: &generation,
         pair: &pair,
         strategy,
@@ -238,12 +258,19 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     if args.stats {
         report.print();
     }
-    Ok(())
+    match &measured {
+        Some(measured) => {
+            eprintln!();
+            measured.print(&work);
+            measured.judge([&work])
+        }
+        None => Ok(()),
+    }
 }
 
 /// The first Ctrl-C ends the generation, which is then reported as usual; a second one ends the
 /// program.
-fn watch_for_interrupts(cancel: Arc<AtomicBool>) {
+pub(super) fn watch_for_interrupts(cancel: Arc<AtomicBool>) {
     let watch = move || {
         if cancel.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
@@ -261,6 +288,7 @@ struct Report<'a> {
     strategy: Strategy,
     seed: u64,
     total: f64,
+    energy: Option<(&'a Measured, &'a Work)>,
 }
 
 /// A rate, if there was time to measure one.
@@ -311,6 +339,9 @@ impl Report<'_> {
         });
         if score {
             out["perplexity"] = g.perplexity().into();
+        }
+        if let Some((measured, work)) = self.energy {
+            out["energy"] = measured.json(work);
         }
         out
     }

@@ -295,12 +295,12 @@ impl Sources {
         all
     }
 
-    /// The meters that names stand for: a meter's name, a family (`rapl`), `cmd:COMMAND` or
-    /// `file:PATH`. No name at all stands for everything found.
+    /// The meters that names stand for: a meter's name (its parts come with it), a family (`rapl`),
+    /// `cmd:COMMAND` or `file:PATH`. No name at all stands for everything found.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a name that nothing has, with those that there are.
-    pub fn choose(&self, names: &[String]) -> Result<Vec<Found>> {
+    pub fn choose(&self, names: &[String]) -> Result<Discovery> {
         let external = |name: &String| external::is_external(name);
         // Asking a driver for what nobody wants takes time and may wake a device.
         let mut found = if names.is_empty() || !names.iter().all(external) {
@@ -309,7 +309,7 @@ impl Sources {
             Discovery::default()
         };
         if names.is_empty() {
-            return Ok(found.meters);
+            return Ok(found);
         }
         let mut chosen: Vec<Found> = Vec::new();
         for name in names {
@@ -338,7 +338,7 @@ impl Sources {
             }
             chosen.append(&mut matching);
         }
-        Ok(chosen)
+        Ok(Discovery { meters: chosen, absent: Vec::new() })
     }
 }
 

@@ -297,6 +297,18 @@ impl Recording {
         Ok(sum)
     }
 
+    /// Seconds by phase in some windows, which need no meter.
+    pub fn phase_seconds(&self, windows: &[Window]) -> Vec<(&'static str, f64)> {
+        let mut phases: Vec<(&'static str, f64)> = Vec::new();
+        for (phase, stretch) in windows.iter().flat_map(|window| self.stretches(window)) {
+            match phases.iter_mut().find(|(known, _)| *known == phase) {
+                Some((_, seconds)) => *seconds += stretch.seconds(),
+                None => phases.push((phase, stretch.seconds())),
+            }
+        }
+        phases
+    }
+
     /// A window cut where phases change.
     fn stretches(&self, window: &Window) -> Vec<(&'static str, Window)> {
         let first = self.marks.partition_point(|&(at, _)| at <= window.from);

@@ -313,7 +313,7 @@ impl Consumption {
 
     /// The joules of a phase, 0 if it did not occur.
     pub fn phase(&self, phase: &str) -> f64 {
-        self.phases.iter().filter(|p| p.phase == phase).map(|p| p.joules).sum()
+        self.phases.iter().find(|p| p.phase == phase).map_or(0.0, |p| p.joules)
     }
 
     /// Energy beyond what the machine would have consumed idling, and its uncertainty.
