@@ -1,5 +1,6 @@
 //! Meters against trees that look like sysfs, libraries that look like NVML, and commands; what
 //! is integrated from them against curves whose integral is known.
+#![cfg(unix)]
 
 use std::f64::consts::PI;
 use std::fs;
@@ -331,7 +332,6 @@ fn batteries_count_only_while_they_are_discharged() {
     assert!(fake.why_not("battery:BAT0").contains("neither energy_now"));
 }
 
-#[cfg(unix)]
 #[test]
 fn commands_and_files_are_meters() {
     let open = |name: &str| Sources::below("/nowhere").choose(&[name.to_owned()]).unwrap().meters;
@@ -424,7 +424,6 @@ fn nvml_stub(directory: &Path, init: u32, cards: u32) -> Option<Library> {
     None
 }
 
-#[cfg(unix)]
 #[test]
 fn nvml_counts_energy_or_shows_power_and_may_be_absent() {
     let fake = Fake::new();
@@ -698,6 +697,16 @@ fn a_run_too_short_for_its_meter_says_so_and_how_long_it_should_be() {
     let used = recording.total(&[window(origin, 0.0, 20.0)]).unwrap();
     assert_eq!(used.needed_seconds, None);
     assert!(used.caution().unwrap().contains("too coarse"));
+    // A gauge that is a second behind says nothing of a tenth of a second.
+    let late = Info {
+        kind: Kind::Power,
+        refresh: Duration::from_secs(1),
+        ..info("nvml:0", Family::Nvml, Scope::Card)
+    };
+    let recording = recorded(late, origin, times(20.0), |_| 70.0, &marker);
+    let why = recording.total(&[window(origin, 5.0, 5.1)]).unwrap_err().reason;
+    assert!(why.contains("must last 2.0 s or more"), "{why}");
+    close(recording.total(&[window(origin, 5.0, 9.0)]).unwrap().joules, 280.0, 1e-6);
     // No meter at all is unavailable, too.
     let none = Recorder::start(Vec::new(), 10.0).unwrap();
     let window = none.end(none.begin());

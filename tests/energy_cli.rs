@@ -176,7 +176,7 @@ fn run_reports_energy_beside_its_text() {
 #[test]
 fn a_command_can_be_the_meter_and_an_unreadable_one_is_named() {
     with_package(|root| {
-        let meter = "cmd:while echo 5 W; do sleep 0.02; done";
+        let meter = "cmd:while echo 5 W; do sleep 0.002; done";
         let out = json(&[
             "run",
             "Once upon a time",
@@ -186,6 +186,8 @@ fn a_command_can_be_the_meter_and_an_unreadable_one_is_named() {
             meter,
             "--meter",
             "cmd:exit 3",
+            "--meter-rate",
+            "500",
             "--json",
         ]);
         close(number(&out["energy"]["watts"]), 5.0, 1e-6);

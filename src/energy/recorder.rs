@@ -270,6 +270,7 @@ impl Recording {
         let mut resolved: Vec<f64> = Vec::new();
         for window in windows {
             let (from, to) = (seconds(window.from), seconds(window.to));
+            curve.check(from, to).map_err(|why| named(&why))?;
             sum.joules += curve.at(to) - curve.at(from);
             sum.doubts.push(curve.doubt(from, to));
             for (phase, window) in self.stretches(window) {

@@ -9,13 +9,14 @@
 //! A counter is wrong at each border by up to one step, and by what flows while its value ages: at
 //! most `step + power * refresh` for a stretch. For power it is half a step all the time, plus
 //! `range * refresh` for values that come late, plus what integrating every other reading
-//! only would change. `refresh` is what the meter states, or the time between changes that was
-//! seen, if that is longer than the time between readings. The errors of several stretches are
-//! independent and add as squares, all but power's half step.
+//! only would change; stretches shorter than twice `refresh` are refused, because such a meter
+//! shows in them what was before. `refresh` is what the meter states, or what was seen to be
+//! longer: the time between a counter's changes, the time between readings of power. The errors
+//! of several stretches are independent and add as squares, all but power's half step.
 
 use std::time::Instant;
 
-use super::{Info, Kind, Reading, Unavailable};
+use super::{Family, Info, Kind, Reading, Unavailable};
 
 /// Figures with a larger relative uncertainty are not to be trusted.
 pub const TRUSTED: f64 = 0.05;
@@ -94,16 +95,17 @@ impl Trace {
             return Err(Unavailable::new("it was read less than twice: measure for longer"));
         };
         let spacing = median(gaps(&self.readings));
-        let changes = changes(&self.readings);
-        let between_changes = median(gaps(&changes));
-        let mut refresh = self.info.refresh.as_secs_f64();
-        if between_changes > 1.5 * spacing {
-            refresh = refresh.max(between_changes);
-        }
-        let points = match self.info.kind {
-            Kind::Power => self.readings.clone(),
-            // Between changes a counter that is renewed seldom does not stand still.
-            Kind::Energy => changes,
+        let stated = self.info.refresh.as_secs_f64();
+        let (points, refresh) = match self.info.kind {
+            // No reading of an assumption is needed to know it.
+            Kind::Power if self.info.family == Family::Assumed => (self.readings.clone(), 0.0),
+            Kind::Power => (self.readings.clone(), stated.max(spacing)),
+            Kind::Energy => {
+                // Between changes a counter that is renewed seldom does not stand still.
+                let changes = changes(&self.readings);
+                let seen = median(gaps(&changes));
+                (changes, if seen > 1.5 * spacing { stated.max(seen) } else { stated })
+            }
         };
         let mut curve = Curve {
             kind: self.info.kind,
@@ -210,6 +212,20 @@ impl Curve {
         2.0 * self.spacing.max(self.refresh)
     }
 
+    /// Refuses a stretch in which a gauge shows more of what was before than of its own.
+    pub(super) fn check(&self, from: f64, to: f64) -> Result<(), Unavailable> {
+        let (seconds, least) = (to - from, 2.0 * self.refresh);
+        if self.kind == Kind::Energy || seconds >= least {
+            return Ok(());
+        }
+        Err(Unavailable::new(format!(
+            "too short to measure: {seconds:.3} s with a meter of power whose values are up to \
+             {:.3} s old; each stretch must last {} or more",
+            self.refresh,
+            rounded_up(least)
+        )))
+    }
+
     /// How far the joules between two times may be off.
     pub(super) fn doubt(&self, from: f64, to: f64) -> Doubt {
         match self.kind {
@@ -218,15 +234,15 @@ impl Curve {
                 Doubt { random: self.resolution + watts * self.refresh, systematic: 0.0 }
             }
             Kind::Power => {
-                let begin = self.points.partition_point(|&(at, _)| at < from);
-                let end = self.points.partition_point(|&(at, _)| at <= to);
-                let inside = &self.points[begin..end.max(begin)];
+                // With those around it, whose values are of its time if the meter is late.
+                let begin = self.points.partition_point(|&(at, _)| at < from - self.refresh);
+                let end = self.points.partition_point(|&(at, _)| at <= to + self.refresh);
+                let inside = &self.points[begin.saturating_sub(1)..self.points.len().min(end + 1)];
                 let (low, high) = inside
                     .iter()
                     .fold((f64::MAX, f64::MIN), |(low, high), p| (low.min(p.1), high.max(p.1)));
                 let range = if inside.is_empty() { 0.0 } else { high - low };
-                // Few readings say little of how power varied.
-                let late = range * self.refresh.max(self.spacing / 2.0);
+                let late = range * self.refresh;
                 let coarse: Vec<_> = inside.iter().step_by(2).copied().collect();
                 let coarser = match (inside, coarse.last()) {
                     ([first, ..], Some(last)) => {
