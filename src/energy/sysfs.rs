@@ -24,8 +24,8 @@ impl fmt::Debug for Tree {
     }
 }
 
-/// A file in sysfs holds one page at most.
-const LONGEST: u64 = 4096;
+/// A file in sysfs holds one page at most, and is read at once.
+const PAGE: usize = 4096;
 
 impl Tree {
     /// The tree below `root`.
@@ -70,9 +70,10 @@ impl Tree {
             if let Some(kind) = self.fault.as_ref().and_then(|fault| fault(&full)) {
                 return Err(kind.into());
             }
-            let mut text = String::new();
-            std::fs::File::open(&full)?.take(LONGEST).read_to_string(&mut text)?;
-            Ok(text.trim().to_owned())
+            let mut page = [0; PAGE];
+            let len = std::fs::File::open(&full)?.read(&mut page)?;
+            let text = std::str::from_utf8(&page[..len]);
+            text.map(|text| text.trim().to_owned()).map_err(io::Error::other)
         };
         read().map_err(|error: io::Error| Unavailable::new(explained(&full, &error)))
     }
