@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::decode::{Decisions, Decoding, Models, Phase, Prefill, Settings, Statistics};
+use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Prefill, Settings, Statistics};
 use crate::error::{Error, Result};
 use crate::model::SessionOptions;
 use crate::model::lm::{Lm, Token};
@@ -19,6 +19,8 @@ pub struct Session {
     target: Box<dyn Lm>,
     draft: Option<Box<dyn Lm>>,
     decoding: Option<Decoding>,
+    /// For the decoding that the first prompt makes.
+    listener: Option<Listener>,
 }
 
 /// What to generate.
@@ -97,12 +99,18 @@ impl Session {
             target: pair.target().session(options),
             draft: pair.draft().map(|draft| draft.session(options)),
             decoding: None,
+            listener: None,
         }
     }
 
     /// The most tokens that prompt and text may have together.
     pub fn capacity(&self) -> usize {
         self.target.capacity()
+    }
+
+    /// Has each change of phase told to `listener`, from the next prompt on.
+    pub fn listen(&mut self, listener: Listener) {
+        self.listener = Some(listener);
     }
 
     /// Starts to generate after a prompt.
@@ -124,6 +132,9 @@ impl Session {
         match &mut self.decoding {
             Some(decoding) => decoding.configure(request.settings.clone())?,
             None => self.decoding = Some(Decoding::new(request.settings.clone())?),
+        }
+        if let (Some(decoding), Some(listener)) = (&mut self.decoding, self.listener.take()) {
+            decoding.timeline_mut().listen(Some(listener));
         }
         let decoder = self.tokenizer.continuation();
         let mut generation = Generation {

@@ -34,6 +34,7 @@
 //! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures over a backend | `error`, `gguf`, `quant`, `backend` |
 //! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
 //! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
+//! | [`energy`] | joules from real meters, by phase | `error` |
 //! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
 //! | [`bench`] | timing passes against the machine's limits | everything |
 //! | `cli` | the command line, over the facade | everything |
@@ -47,6 +48,7 @@ pub mod backend;
 pub mod bench;
 pub mod cli;
 pub mod decode;
+pub mod energy;
 pub mod error;
 pub mod generation;
 pub mod gguf;

@@ -14,6 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("model", &["error", "quant", "gguf", "backend", "model"]),
     ("sampling", &["error", "model::lm", "sampling"]),
     ("decode", &["error", "model::lm", "sampling", "decode"]),
+    ("energy", &["error", "energy"]),
 ];
 
 /// Parts that may import everything.

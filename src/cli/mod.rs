@@ -4,8 +4,11 @@
 //! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
 
 mod bench;
+mod devices;
+mod energy;
 mod inspect;
 mod logits;
+mod metering;
 mod run;
 mod tokenize;
 
@@ -36,6 +39,8 @@ enum Command {
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Inspect(inspect::InspectArgs),
+    Energy(Box<energy::EnergyArgs>),
+    Devices(devices::DevicesArgs),
 }
 
 /// Parses the command line and runs it.
@@ -47,6 +52,8 @@ pub fn main() -> ExitCode {
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Energy(args) => energy::energy(&args),
+        Command::Devices(args) => devices::devices(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::metering::{Measured, MeterArgs, Work};
 use super::{DeviceArgs, loading_bar, open_model, print_line, read_text, stdout_error};
 use crate::backend::CacheType;
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
@@ -26,19 +27,19 @@ use crate::sampling::Warp;
 #[command(allow_negative_numbers = true)]
 pub struct RunArgs {
     /// The text to go on from
-    prompt: Option<String>,
+    pub(super) prompt: Option<String>,
 
     /// Read the prompt from a file
     #[arg(long, short, value_name = "FILE", conflicts_with = "prompt")]
-    file: Option<PathBuf>,
+    pub(super) file: Option<PathBuf>,
 
     /// The target model, a GGUF file [default: the built-in pair]
     #[arg(long, short, value_name = "GGUF")]
-    model: Option<PathBuf>,
+    pub(super) model: Option<PathBuf>,
 
     /// The draft model, a GGUF file with the target's vocabulary
     #[arg(long, short, value_name = "GGUF", requires = "model")]
-    draft: Option<PathBuf>,
+    pub(super) draft: Option<PathBuf>,
 
     /// How tokens are chosen [default: mtad with a draft, sample without]
     ///
@@ -49,11 +50,11 @@ pub struct RunArgs {
     /// the draft). Looser: bild, typical. Fastest of plain decoding, speculative, mtad and mmtad
     /// at the given tau: auto.
     #[arg(long, short, value_name = "NAME")]
-    strategy: Option<Strategy>,
+    pub(super) strategy: Option<Strategy>,
 
     /// The most tokens to generate
     #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
-    max_tokens: usize,
+    pub(super) max_tokens: usize,
 
     /// Divide logits by this before drawing; 0 takes the most probable token
     #[arg(long, value_name = "X", default_value_t = Warp::default().temperature)]
@@ -77,7 +78,7 @@ pub struct RunArgs {
 
     /// Seed of all draws: the same seed gives the same text [default: from the clock]
     #[arg(long, value_name = "N")]
-    seed: Option<u64>,
+    pub(super) seed: Option<u64>,
 
     /// Tokens that the draft proposes per round (mtjd: tokens of a block)
     #[arg(long, value_name = "G", default_value_t = DEFAULT_GAMMA)]
@@ -136,22 +137,25 @@ pub struct RunArgs {
 
     /// Do not print the prompt before the text
     #[arg(long)]
-    no_echo: bool,
+    pub(super) no_echo: bool,
 
     /// Print to standard error what happened: rounds, acceptance, speed, time by phase
     #[arg(long)]
-    stats: bool,
+    pub(super) stats: bool,
 
     /// Score the text: its perplexity under the target, before any warping
     #[arg(long)]
-    score: bool,
+    pub(super) score: bool,
 
     /// Print one line of JSON instead of text
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 
     #[command(flatten)]
-    device: DeviceArgs,
+    pub(super) device: DeviceArgs,
+
+    #[command(flatten)]
+    pub(super) meters: MeterArgs,
 }
 
 const DEFAULT_GAMMA: usize = 4;
@@ -170,7 +174,12 @@ impl RunArgs {
         self.strategy.unwrap_or(if has_draft { Strategy::Mtad } else { Strategy::Sample })
     }
 
-    fn request(
+    /// The stored cost table, if one was named.
+    pub(super) fn costs(&self) -> Result<Option<CostTable>> {
+        self.cost_table.as_deref().map(read_cost_table).transpose()
+    }
+
+    pub(super) fn request(
         &self,
         strategy: Strategy,
         seed: u64,
@@ -208,8 +217,15 @@ impl RunArgs {
         }
     }
 
+    pub(super) fn session_options(&self) -> SessionOptions {
+        SessionOptions {
+            context: self.device.context(),
+            cache_type: if self.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
+        }
+    }
+
     /// Loads the pair, without a draft where the strategy has no use for one.
-    fn load(&self, strategy: Strategy) -> Result<Pair> {
+    pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
         let options = self.device.load_options();
         let mut bar = loading_bar();
         let Some(model) = &self.model else {
@@ -229,7 +245,7 @@ impl RunArgs {
 }
 
 /// A seed that differs from run to run.
-fn clock_seed() -> u64 {
+pub(super) fn clock_seed() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     since.as_nanos() as u64 % 1_000_000_000
 }
@@ -238,14 +254,11 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let strategy = args.strategy();
     let seed = args.seed.unwrap_or_else(clock_seed);
     let cancel = Arc::new(AtomicBool::new(false));
-    let costs = match &args.cost_table {
-        Some(file) => Some(read_cost_table(file)?),
-        None => None,
-    };
-    let request = args.request(strategy, seed, costs, &cancel);
+    let request = args.request(strategy, seed, args.costs()?, &cancel);
     request.validate()?;
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
-    let pair = args.load(strategy)?;
+    let mut metering = args.meters.start(None)?;
+    let pair = metering.load(|| args.load(strategy))?;
     let trained = pair.target().shape().context;
     if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
         eprintln!(
@@ -254,10 +267,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     }
     watch_for_interrupts(cancel);
 
-    let mut session = pair.session(&SessionOptions {
-        context: args.device.context(),
-        cache_type: if args.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
-    });
+    let mut session = pair.session(&args.session_options());
+    metering.listen_to(&mut session);
+    let begun = metering.begin();
     let start = Instant::now();
     let mut out = io::stdout().lock();
     let mut show = |text: &str| {
@@ -277,15 +289,26 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         show(&piece.text)?;
         text.push_str(&piece.text);
     }
+    let window = metering.end(begun);
     show("\n")?;
     drop(out);
 
     let total = start.elapsed().as_secs_f64();
+    let measured = metering.finish();
+    let work = Work::new(window, &generation);
     let plain = match strategy.needs_draft() {
         true => generation.plain_seconds()?,
         false => None,
     };
-    let report = Report { generation: &generation, pair: &pair, strategy, seed, total, plain };
+    let report = Report {
+        generation: &generation,
+        pair: &pair,
+        strategy,
+        seed,
+        total,
+        plain,
+        energy: measured.as_ref().map(|measured| (measured, &work)),
+    };
     if args.json {
         print_line(report.json(&text, args.score))?;
     }
@@ -293,7 +316,14 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         report.print();
     }
     report.warn();
-    Ok(())
+    match &measured {
+        Some(measured) => {
+            eprintln!();
+            measured.print(&work);
+            measured.judge([&work])
+        }
+        None => Ok(()),
+    }
 }
 
 /// A cost table, alone or in the output of a run.
@@ -334,7 +364,7 @@ fn describe(choice: Choice) -> String {
 
 /// The first Ctrl-C ends the generation, which is then reported as usual; a second one ends the
 /// program.
-fn watch_for_interrupts(cancel: Arc<AtomicBool>) {
+pub(super) fn watch_for_interrupts(cancel: Arc<AtomicBool>) {
     let watch = move || {
         if cancel.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
@@ -354,6 +384,7 @@ struct Report<'a> {
     total: f64,
     /// Seconds that the tokens would have taken without a draft.
     plain: Option<f64>,
+    energy: Option<(&'a Measured, &'a Work)>,
 }
 
 /// A rate, if there was time to measure one.
@@ -432,6 +463,9 @@ impl Report<'_> {
         }
         if let Some(costs) = &g.settings().costs {
             out["cost_table"] = cost_table_json(costs);
+        }
+        if let Some((measured, work)) = self.energy {
+            out["energy"] = measured.json(work);
         }
         out
     }

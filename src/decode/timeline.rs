@@ -19,21 +19,27 @@ pub enum Phase {
 impl Phase {
     /// All phases, in the order in which they are stored.
     pub const ALL: [Phase; 4] = [Phase::Prefill, Phase::Draft, Phase::Verify, Phase::Sample];
-}
 
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
             Phase::Prefill => "prefill",
             Phase::Draft => "draft",
             Phase::Verify => "verify",
             Phase::Sample => "sample",
-        })
+        }
     }
 }
 
-/// Told of each phase that begins, `None` for the time between rounds; an energy meter, say.
-pub type Listener = Box<dyn FnMut(Option<Phase>) + Send>;
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Told of each phase that begins and when, `None` for the time between rounds; an energy meter,
+/// say.
+pub type Listener = Box<dyn FnMut(Option<Phase>, Instant) + Send>;
 
 /// Cumulative time per phase, by one monotonic clock that is read when the phase changes.
 #[derive(Default)]
@@ -64,7 +70,7 @@ impl Timeline {
         }
         self.current = phase.map(|phase| (phase, now));
         if let Some(listener) = &mut self.listener {
-            listener(phase);
+            listener(phase, now);
         }
     }
 
@@ -105,7 +111,7 @@ mod tests {
         let mut timeline = Timeline::default();
         let heard = Arc::new(Mutex::new(Vec::new()));
         let ear = heard.clone();
-        timeline.listen(Some(Box::new(move |phase| ear.lock().unwrap().push(phase))));
+        timeline.listen(Some(Box::new(move |phase, _| ear.lock().unwrap().push(phase))));
         timeline.enter(Phase::Draft);
         timeline.enter(Phase::Draft);
         std::thread::sleep(std::time::Duration::from_millis(5));
