@@ -36,7 +36,7 @@
 //! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
 //! | [`energy`] | joules from real meters, by phase | `error` |
 //! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
-//! | [`bench`] | timing passes against the machine's limits | everything |
+//! | [`bench`](mod@bench) | timing passes against the machine's limits | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels and in the memory map.
