@@ -1,4 +1,5 @@
 //! The built-in pair, decoded in earnest.
+#![cfg(feature = "builtin-pair")]
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
 //! The command line's contract, through the binary.
+#![cfg(feature = "builtin-pair")]
 
 mod common;
 
@@ -9,7 +10,10 @@ use common::{read_npy, sentencepiece, shared, tiny_llama};
 use serde_json::Value;
 
 fn mtad(args: &[&str]) -> Output {
-    let command = Command::new(env!("CARGO_BIN_EXE_mtad")).args(args).stdin(Stdio::null()).output();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mtad"));
+    // Nothing is kept where a user's own tables are.
+    command.env("MTAD_CACHE_DIR", env!("CARGO_TARGET_TMPDIR"));
+    let command = command.args(args).stdin(Stdio::null()).output();
     command.expect("the binary runs")
 }
 
@@ -90,6 +94,36 @@ fn a_seed_gives_one_text_whatever_the_thread_count() {
     assert!(texts[0] == texts[1] && texts[1] == texts[2], "{texts:?}");
     let other = json(&["run", "The dog", "--json", "-n", "60", "--seed", "4"]);
     assert_ne!(other["token_ids"], texts[0]);
+}
+
+#[test]
+fn auto_keeps_its_cost_table_and_repeats_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = || {
+        let output = Command::new(env!("CARGO_BIN_EXE_mtad"))
+            .env("MTAD_CACHE_DIR", folder.path().join("new"))
+            .args(["run", "The dog", "-s", "auto", "--seed", "5", "-n", "80", "--json"])
+            .output()
+            .unwrap();
+        assert!(
+            output.stderr.is_empty() || String::from_utf8_lossy(&output.stderr).contains("plain")
+        );
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let (first, second) = (run(), run());
+    assert_eq!(first["cost_table"], second["cost_table"]);
+    assert_eq!(first["token_ids"], second["token_ids"]);
+    let kept: Vec<_> = std::fs::read_dir(folder.path().join("new")).unwrap().collect();
+    assert_eq!(kept.len(), 1);
+    // A damaged table is said to be so and measured anew.
+    std::fs::write(kept[0].as_ref().unwrap().path(), "{").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_mtad"))
+        .env("MTAD_CACHE_DIR", folder.path().join("new"))
+        .args(["run", "The dog", "-s", "auto", "-n", "5", "--json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("measuring anew"));
 }
 
 #[test]

@@ -142,6 +142,7 @@ fn a_generation_ends_where_it_should_also_inside_a_draft() {
 fn the_command_line_replays_a_cost_table_and_refuses_what_is_out_of_range() {
     let run = |options: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mtad"));
+        command.env("MTAD_CACHE_DIR", env!("CARGO_TARGET_TMPDIR"));
         command.args(["run", "Once upon a time", "-n", "60", "--seed", "3", "--threads", "2"]);
         command.args(options).output().unwrap()
     };

@@ -3,7 +3,6 @@
 mod common;
 
 use std::fs;
-use std::time::Instant;
 
 use common::{BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf, shared, strings};
 use mtad::Error;
@@ -457,40 +456,6 @@ fn long_runs_take_no_quadratic_time() {
             assert_eq!(tokenizer.decode(&ids), text);
             println!("{name}: 1 MiB of {unit:?}: {} tokens, {encoded:?}", ids.len());
             assert!(encoded.as_secs() < 20, "{name}, {unit:?}: {encoded:?}");
-        }
-    }
-}
-
-/// `cargo test --release --test tokenizer -- --ignored --nocapture` prints what building and
-/// encoding cost.
-#[test]
-#[ignore = "measures time"]
-fn speed() {
-    for name in VOCABULARIES {
-        let Some(path) = shared(&format!("vectors/tokenizer/ggml-vocab-{name}.gguf")) else {
-            return;
-        };
-        let gguf = Gguf::open(path).unwrap();
-        for _ in 0..3 {
-            let start = Instant::now();
-            let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
-            println!("{name}: {} tokens built in {:?}", tokenizer.len(), start.elapsed());
-        }
-        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
-        let Some(path) = shared("corpus/childrens_books.txt") else { return };
-        let text = fs::read_to_string(path).unwrap();
-        for special in [false, true] {
-            let start = Instant::now();
-            let ids = tokenizer.encode(&text, EncodeOptions { bos: false, special });
-            let encoded = start.elapsed();
-            let start = Instant::now();
-            assert_eq!(tokenizer.decode(&ids), text);
-            println!(
-                "{name}: {} bytes to {} tokens in {encoded:?}, back in {:?}",
-                text.len(),
-                ids.len(),
-                start.elapsed()
-            );
         }
     }
 }

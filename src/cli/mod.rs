@@ -4,6 +4,7 @@
 //! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
 
 mod bench;
+mod cost_tables;
 mod devices;
 mod energy;
 mod inspect;

@@ -1,14 +1,15 @@
 //! `mtad run`: generates text after a prompt.
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::cost_tables;
 use super::metering::{Measured, MeterArgs, Work};
 use super::{DeviceArgs, loading_bar, open_model, print_line, read_text, stdout_error};
 use crate::backend::CacheType;
@@ -118,8 +119,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "D", default_value_t = DEFAULT_DELTA)]
     delta: f64,
 
-    /// Decide by this table of what passes cost instead of measuring one: the output of an earlier
-    /// --json run, or its cost_table alone (auto)
+    /// Decide by this table of what passes cost: the output of an earlier --json run, or its
+    /// cost_table alone (auto) [default: measured once for each pair and device, and kept]
     #[arg(long, value_name = "FILE")]
     cost_table: Option<PathBuf>,
 
@@ -176,7 +177,7 @@ impl RunArgs {
 
     /// The stored cost table, if one was named.
     pub(super) fn costs(&self) -> Result<Option<CostTable>> {
-        self.cost_table.as_deref().map(read_cost_table).transpose()
+        self.cost_table.as_deref().map(cost_tables::read).transpose()
     }
 
     pub(super) fn request(
@@ -254,7 +255,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let strategy = args.strategy();
     let seed = args.seed.unwrap_or_else(clock_seed);
     let cancel = Arc::new(AtomicBool::new(false));
-    let request = args.request(strategy, seed, args.costs()?, &cancel);
+    let mut request = args.request(strategy, seed, args.costs()?, &cancel);
     request.validate()?;
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
     let mut metering = args.meters.start(None)?;
@@ -266,6 +267,11 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         );
     }
     watch_for_interrupts(cancel);
+
+    let mut kept_costs = None;
+    if strategy == Strategy::Auto && request.settings.costs.is_none() {
+        request.settings.costs = kept_costs.insert(cost_tables::Kept::of(&pair)).load();
+    }
 
     let mut session = pair.session(&args.session_options());
     metering.listen_to(&mut session);
@@ -294,6 +300,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     drop(out);
 
     let total = start.elapsed().as_secs_f64();
+    if let (Some(kept), Some(costs)) = (kept_costs, &generation.settings().costs) {
+        kept.store(costs);
+    }
     let measured = metering.finish();
     let work = Work::new(window, &generation);
     let plain = match strategy.needs_draft() {
@@ -324,31 +333,6 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         }
         None => Ok(()),
     }
-}
-
-/// A cost table, alone or in the output of a run.
-fn read_cost_table(file: &Path) -> Result<CostTable> {
-    let name = file.display().to_string();
-    let text = std::fs::read_to_string(file).map_err(|error| Error::io(&name, error))?;
-    let wrong = |what: String| Error::format(&name, what);
-    let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
-    let table = json.get("cost_table").unwrap_or(&json);
-    let entries = |key: &str| {
-        let pairs = table.get(key).and_then(Value::as_array);
-        let pair = |pair: &Value| {
-            let [rows, seconds] = pair.as_array()?.as_slice() else { return None };
-            Some((usize::try_from(rows.as_u64()?).ok()?, seconds.as_f64()?))
-        };
-        pairs.and_then(|pairs| pairs.iter().map(pair).collect::<Option<Vec<_>>>()).ok_or_else(
-            || wrong(format!("no cost table: `{key}` is not a list of [rows, seconds]")),
-        )
-    };
-    CostTable::new(entries("target")?, entries("draft")?).map_err(|error| wrong(error.to_string()))
-}
-
-/// A cost table as [`read_cost_table`] reads it.
-fn cost_table_json(costs: &CostTable) -> Value {
-    json!({"target": costs.target_entries(), "draft": costs.draft_entries()})
 }
 
 /// A choice of the controller, for people.
@@ -462,7 +446,7 @@ impl Report<'_> {
             });
         }
         if let Some(costs) = &g.settings().costs {
-            out["cost_table"] = cost_table_json(costs);
+            out["cost_table"] = cost_tables::to_json(costs);
         }
         if let Some((measured, work)) = self.energy {
             out["energy"] = measured.json(work);

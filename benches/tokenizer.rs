@@ -1,0 +1,49 @@
+//! What a vocabulary costs to build, and a megabyte of text to encode and decode.
+//!
+//!     cargo bench --bench tokenizer
+
+use divan::Bencher;
+use divan::counter::BytesCount;
+use mtad::gguf::Gguf;
+use mtad::tokenizer::{EncodeOptions, Tokenizer};
+
+fn main() {
+    divan::main();
+}
+
+fn tokenizer() -> Tokenizer {
+    let file = mtad::pair::builtin_file("target").expect("the built-in pair");
+    Tokenizer::from_gguf(&file).expect("a tokenizer")
+}
+
+/// A megabyte of words that differ.
+fn text() -> String {
+    (0..)
+        .map(|i| format!("The {i}th little dog ran after ball number {}. ", i * 7919 % 104_729))
+        .scan(0, |len, s| {
+            *len += s.len();
+            (*len < 1 << 20).then_some(s)
+        })
+        .collect()
+}
+
+#[divan::bench]
+fn build(bencher: Bencher) {
+    let file: Gguf = mtad::pair::builtin_file("target").expect("the built-in pair");
+    bencher.bench_local(|| Tokenizer::from_gguf(&file));
+}
+
+#[divan::bench]
+fn encode(bencher: Bencher) {
+    let (tokenizer, text) = (tokenizer(), text());
+    bencher
+        .counter(BytesCount::new(text.len()))
+        .bench_local(|| tokenizer.encode(&text, EncodeOptions::default()));
+}
+
+#[divan::bench]
+fn decode(bencher: Bencher) {
+    let (tokenizer, text) = (tokenizer(), text());
+    let tokens = tokenizer.encode(&text, EncodeOptions::default());
+    bencher.counter(BytesCount::new(text.len())).bench_local(|| tokenizer.decode(&tokens));
+}

@@ -1,0 +1,98 @@
+//! Cost tables of the controller as files: read and written, and kept for each pair and device.
+//!
+//! A kept table makes `auto` decide alike from run to run: the same seed gives the same text, and
+//! measuring is paid once. Tables are kept in the folder that the environment variable
+//! `MTAD_CACHE_DIR` names, or else in `mtad` below the system's folder for caches; removing a
+//! file measures anew.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::decode::CostTable;
+use crate::error::{Error, Result};
+use crate::pair::Pair;
+
+/// A cost table, alone or in the output of a run.
+pub(super) fn read(file: &Path) -> Result<CostTable> {
+    let name = file.display().to_string();
+    let text = std::fs::read_to_string(file).map_err(|error| Error::io(&name, error))?;
+    let wrong = |what: String| Error::format(&name, what);
+    let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
+    let table = json.get("cost_table").unwrap_or(&json);
+    let entries = |key: &str| {
+        let pairs = table.get(key).and_then(Value::as_array);
+        let pair = |pair: &Value| {
+            let [rows, seconds] = pair.as_array()?.as_slice() else { return None };
+            Some((usize::try_from(rows.as_u64()?).ok()?, seconds.as_f64()?))
+        };
+        pairs.and_then(|pairs| pairs.iter().map(pair).collect::<Option<Vec<_>>>()).ok_or_else(
+            || wrong(format!("no cost table: `{key}` is not a list of [rows, seconds]")),
+        )
+    };
+    CostTable::new(entries("target")?, entries("draft")?).map_err(|error| wrong(error.to_string()))
+}
+
+/// A cost table as [`read`] reads it.
+pub(super) fn to_json(costs: &CostTable) -> Value {
+    json!({"target": costs.target_entries(), "draft": costs.draft_entries()})
+}
+
+/// The folder for caches: none where the system does not say.
+fn folder() -> Option<PathBuf> {
+    let named = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if let Some(own) = named("MTAD_CACHE_DIR") {
+        return Some(own);
+    }
+    let caches = match std::env::consts::OS {
+        "windows" => named("LOCALAPPDATA"),
+        "macos" => named("HOME").map(|home| home.join("Library/Caches")),
+        _ => named("XDG_CACHE_HOME").or_else(|| named("HOME").map(|home| home.join(".cache"))),
+    };
+    caches.map(|folder| folder.join("mtad"))
+}
+
+/// The place of a pair's table on its device.
+pub(super) struct Kept(Option<PathBuf>);
+
+impl Kept {
+    /// The place for this pair.
+    pub fn of(pair: &Pair) -> Self {
+        let mut key = DefaultHasher::new();
+        env!("CARGO_PKG_VERSION").hash(&mut key);
+        for model in [Some(pair.target()), pair.draft()].into_iter().flatten() {
+            let file = model.file();
+            (file.name(), file.file_len(), model.device().describe()).hash(&mut key);
+        }
+        Kept(folder().map(|folder| folder.join(format!("costs-{:016x}.json", key.finish()))))
+    }
+
+    /// The table that was kept, if there is one that can be read.
+    pub fn load(&self) -> Option<Arc<CostTable>> {
+        let path = self.0.as_deref().filter(|path| path.exists())?;
+        match read(path) {
+            Ok(costs) => Some(Arc::new(costs)),
+            Err(error) => {
+                eprintln!("mtad: {error}; measuring anew");
+                None
+            }
+        }
+    }
+
+    /// Keeps a table. That it cannot be kept is said and does no other harm.
+    pub fn store(&self, costs: &CostTable) {
+        let Some(path) = &self.0 else { return };
+        let json = json!({ "cost_table": to_json(costs) }).to_string();
+        let folder = path.parent().unwrap_or(Path::new("."));
+        // Written beside and moved, so that another run never sees half of it.
+        let part = path.with_extension(format!("{}.part", std::process::id()));
+        let written = std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::write(&part, json))
+            .and_then(|()| std::fs::rename(&part, path));
+        if let Err(error) = written {
+            eprintln!("mtad: the cost table is not kept: {}: {error}", path.display());
+        }
+    }
+}
