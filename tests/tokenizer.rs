@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::time::Instant;
 
 use common::{BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf, shared, strings};
 use mtad::Error;
