@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use super::{Backend, CacheShape, Pass, RotaryPairs, Rows};
 use crate::error::{Error, Result};
-use crate::gguf::SharedTensor;
+use crate::gguf::{SharedTensor, Tensor};
 use crate::quant::BlockType;
 use attention::{Attention, Layers, Scratch};
 use kernels::Kernels;
@@ -145,18 +145,20 @@ impl Buffer {
     }
 }
 
+/// A tensor whose type can be read.
+fn readable(tensor: &SharedTensor) -> Result<Tensor<'_>> {
+    let view = tensor.view();
+    if view.block_type.can_dequantize() {
+        return Ok(view);
+    }
+    let (name, block_type) = (view.name, view.block_type);
+    let what = format!("tensor `{name}` has the type {block_type}, which cannot be read");
+    Err(Error::unsupported(view.file, what))
+}
+
 /// A tensor's elements as f32, padded with zeros to whole vectors.
 fn dequantized(tensor: &SharedTensor) -> Result<Vec<f32>> {
-    let view = tensor.view();
-    if !view.block_type.can_dequantize() {
-        return Err(Error::unsupported(
-            view.file,
-            format!(
-                "tensor `{}` has the type {}, which cannot be read",
-                view.name, view.block_type
-            ),
-        ));
-    }
+    let view = readable(tensor)?;
     let len = view.rows * view.cols;
     let mut out = vec![0.0; len.next_multiple_of(LANES)];
     view.block_type.dequantize(view.bytes, &mut out[..len]);
@@ -188,16 +190,7 @@ impl Backend for Cpu {
     }
 
     fn embedding(&self, weight: &SharedTensor) -> Result<Embedding> {
-        let view = weight.view();
-        if !view.block_type.can_dequantize() {
-            return Err(Error::unsupported(
-                view.file,
-                format!(
-                    "tensor `{}` has the type {}, which cannot be read",
-                    view.name, view.block_type
-                ),
-            ));
-        }
+        readable(weight)?;
         Ok(Embedding(weight.clone()))
     }
 
