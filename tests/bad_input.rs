@@ -238,6 +238,15 @@ fn a_draft_of_another_vocabulary_is_refused_with_the_first_difference() {
 }
 
 #[test]
+fn a_vocabulary_beyond_all_reason_is_refused() {
+    let mut writer = tiny_llama();
+    let tokens = (0..600_000).map(|i| format!("{i}")).collect();
+    writer.set("tokenizer.ggml.tokens", OwnedValue::Strings(tokens));
+    let message = message(&writer);
+    assert!(message.contains("600000") && message.contains("at most"), "{message}");
+}
+
+#[test]
 fn loading_can_be_stopped() {
     let file = Arc::new(Gguf::from_vec("x", tiny_llama().to_vec()).unwrap());
     let stopped = Model::load(file, &device(), &mut |_, _| false);

@@ -4,6 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
+use mtad::backend::CacheType;
 use mtad::backend::cpu::{Cpu, Isa};
 use mtad::gguf::Gguf;
 use mtad::model::lm::{Batch, Row, Want};
@@ -70,4 +71,29 @@ fn golden_logits_within_the_contract_on_every_instruction_set() {
         seen += 1;
     }
     assert_eq!(seen, 17, "models in {}", golden.display());
+}
+
+#[test]
+fn a_cache_in_single_precision_is_nearer_to_exact() {
+    let Some(golden) = shared("vectors/golden") else { return };
+    let file = Arc::new(Gguf::open(golden.join("stories260K-f32.gguf")).unwrap());
+    let exact = read_npy(&golden.join("stories260K-f32.exact.npy"));
+    let index = std::fs::read_to_string(golden.join("index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    let tokens = index["stories260K-f32"]["tokens"].as_array().unwrap();
+    let tokens: Vec<u32> = tokens.iter().map(|t| t.as_u64().unwrap() as u32).collect();
+    let device = Device::Cpu(Arc::new(Cpu::new(1).unwrap()));
+    let model = Model::load(file, &device, &mut |_, _| true).unwrap();
+    let error = |cache_type| {
+        let mut lm = model.session(&SessionOptions { cache_type, ..SessionOptions::default() });
+        let mut batch = Batch::new();
+        for (i, &token) in tokens.iter().enumerate() {
+            batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
+        }
+        let outputs = lm.eval(&batch).unwrap();
+        let logits: Vec<f32> = (0..tokens.len()).flat_map(|i| outputs.logits(i).to_vec()).collect();
+        nmse(&logits, &exact)
+    };
+    let (half, single) = (error(CacheType::F16), error(CacheType::F32));
+    assert!(single < 1e-10 && single < half / 10.0, "f16 {half:.1e}, f32 {single:.1e}");
 }

@@ -16,7 +16,7 @@ use crate::gguf::Gguf;
 
 /// Published vocabularies have about two merges for a token. Many more mean a file that is made
 /// to fill memory: a merge costs more there than a token costs in the file.
-const MERGES_PER_TOKEN: usize = 32;
+const MERGES_PER_TOKEN: usize = 8;
 
 /// Small vocabularies may have more.
 const MERGES_ALLOWED: usize = 1 << 16;

@@ -10,6 +10,10 @@ use super::byte_level;
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, ValueType};
 
+/// The most tokens of a vocabulary: twice the largest that are in use. What is built for each
+/// takes many times its length in the file.
+const MAX_TOKENS: usize = 1 << 19;
+
 /// Longer tokens mean a damaged file (published vocabularies stay below 300 bytes). The limit
 /// also bounds the work on a token, which grows with the square of its length.
 const MAX_TOKEN: usize = 1024;
@@ -287,8 +291,8 @@ fn read_texts(gguf: &Gguf) -> Result<Vec<Box<str>>> {
     if array.is_empty() {
         return Err(error("no token; a vocabulary is needed".into()));
     }
-    if u32::try_from(array.len()).is_err() {
-        return Err(error(format!("{} tokens are more than an id can number", array.len())));
+    if array.len() > MAX_TOKENS {
+        return Err(error(format!("{} tokens; at most {MAX_TOKENS} are allowed", array.len())));
     }
     let mut texts = Vec::with_capacity(array.len());
     for (id, value) in array.iter().enumerate() {
