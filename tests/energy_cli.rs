@@ -280,3 +280,16 @@ fn devices_lists_the_cpu_and_meters() {
         assert!(json(&["devices", "--json"])["meters"].is_null());
     });
 }
+
+#[test]
+fn bench_measures_the_energy_of_generating() {
+    let arguments = ["bench", "--passes", "1", "--prompt", "0", "--rounds", "1"];
+    let meter = ["--generate", "3000", "--json", "--meter"];
+    let meter = [&meter[..], &["cmd:while echo 5 W; do sleep 0.002; done"]].concat();
+    let out = json(&[&arguments[..], &meter].concat());
+    let (energy, rate) = (&out["energy"], number(&out["generate"]["tokens_per_second"]));
+    close(number(&energy["joules_per_token"]) * rate, 5.0, 0.05);
+    let none = mtad(&[&arguments[..], &["--generate", "0", "--energy"]].concat());
+    assert_eq!(none.status.code(), Some(2));
+    assert!(text(&none.stderr).contains("--generate"), "{}", text(&none.stderr));
+}

@@ -103,15 +103,21 @@ fn time_pass(lm: &mut dyn Lm, rows: usize) -> Result<f64> {
     Ok(seconds)
 }
 
-/// Measures. `progress` is told the steps done and the steps in all, and stops by returning false.
+/// Told how a measurement goes.
+pub trait Observer {
+    /// Steps done, and steps in all. Returning false stops.
+    fn step(&mut self, done: usize, steps: usize) -> bool;
+
+    /// Tokens are about to be generated one at a time (`true`), or have been (`false`): for
+    /// energy meters.
+    fn generating(&mut self, _begins: bool) {}
+}
+
+/// Measures.
 ///
 /// # Errors
 /// The plan asks for more rows than fit; what the model reports; [`Error::Cancelled`].
-pub fn measure(
-    model: &Model,
-    plan: &Plan,
-    progress: &mut dyn FnMut(usize, usize) -> bool,
-) -> Result<Report> {
+pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Result<Report> {
     if let Some(rows) = plan.passes.iter().find(|&&rows| rows == 0 || rows > MAX_TREE) {
         return Err(Error::invalid(format!("a pass has 1 to {MAX_TREE} rows, not {rows}")));
     }
@@ -123,9 +129,9 @@ pub fn measure(
     let mut lm = model.session(&options);
     let steps = plan.rounds + plan.prompts.len() + usize::from(plan.generate > 0);
     let mut done = 0;
-    let mut step = || {
+    let mut step = |observer: &mut dyn Observer| {
         done += 1;
-        if progress(done, steps) { Ok(()) } else { Err(Error::Cancelled) }
+        if observer.step(done, steps) { Ok(()) } else { Err(Error::Cancelled) }
     };
 
     let memory = Readable::new(shape.weight_bytes.clamp(1 << 20, 2 << 30));
@@ -139,20 +145,22 @@ pub fn measure(
         for (rows, seconds) in plan.passes.iter().zip(&mut seconds) {
             seconds.push(time_pass(&mut *lm, *rows)?);
         }
-        step()?;
+        step(observer)?;
     }
     drop(memory);
 
     let mut generate = None;
     if plan.generate > 0 {
         let tokens = tokens(plan.generate, shape.vocab_size);
+        observer.generating(true);
         let start = Instant::now();
         for token in tokens {
             lm.eval(&Batch::chain(&[token], None, Row(0), Want::Logits))?;
             lm.keep(Some(Row(0)))?;
         }
         generate = Some(start.elapsed().as_secs_f64() / plan.generate as f64);
-        step()?;
+        observer.generating(false);
+        step(observer)?;
     }
     let mut prompts = Vec::new();
     for &len in &plan.prompts {
@@ -161,7 +169,7 @@ pub fn measure(
         let start = Instant::now();
         extend(&mut *lm, &tokens)?;
         prompts.push((len, len as f64 / start.elapsed().as_secs_f64()));
-        step()?;
+        step(observer)?;
     }
     Ok(Report {
         device: model.device().describe(),

@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::metering::{MeterArgs, Metering, Work};
 use super::{DeviceArgs, loading_bar, open_model, print_line};
-use crate::bench::{Plan, Report, Synthetic, measure};
+use crate::bench::{Observer, Plan, Report, Synthetic, measure};
+use crate::energy::Window;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::Model;
@@ -54,6 +57,33 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     device: DeviceArgs,
+
+    #[command(flatten)]
+    meters: MeterArgs,
+}
+
+/// Moves the progress bar, and takes down when tokens are generated.
+struct Watch {
+    bar: ProgressBar,
+    metering: Metering,
+    begun: Option<Instant>,
+    window: Option<Window>,
+}
+
+impl Observer for Watch {
+    fn step(&mut self, done: usize, steps: usize) -> bool {
+        self.bar.set_length(steps as u64);
+        self.bar.set_position(done as u64);
+        true
+    }
+
+    fn generating(&mut self, begins: bool) {
+        if begins {
+            self.begun = Some(self.metering.begin());
+        } else {
+            self.window = self.begun.map(|begun| self.metering.end(begun));
+        }
+    }
 }
 
 pub(super) fn bench(args: &BenchArgs) -> Result<()> {
@@ -78,6 +108,9 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     // The map keeps the file; where systems allow it, it is gone even if the process is killed.
     #[cfg(unix)]
     drop(scratch);
+    if args.meters.is_wanted() && args.generate == 0 {
+        return Err(Error::invalid("--energy measures generating; --generate must not be 0"));
+    }
     let plan = Plan {
         passes: args.passes.clone(),
         prompts: args.prompt.iter().copied().filter(|&n| n > 0).collect(),
@@ -88,13 +121,34 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         ProgressStyle::with_template("timing {bar:40} {pos}/{len} {eta}")
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
-    let report = measure(&model, &plan, &mut |done, steps| {
-        bar.set_length(steps as u64);
-        bar.set_position(done as u64);
-        true
-    })?;
-    bar.finish_and_clear();
-    if args.json { print_line(to_json(&report)) } else { print(&name, &report) }
+    let metering = args.meters.start(None)?;
+    let mut watch = Watch { bar, metering, begun: None, window: None };
+    let report = measure(&model, &plan, &mut watch)?;
+    watch.bar.finish_and_clear();
+    // The energy of generating one token at a time: what a target alone takes.
+    let work = Work {
+        windows: watch.window.into_iter().collect(),
+        tokens: args.generate,
+        generating: report.generate.unwrap_or(0.0) * args.generate as f64,
+        ..Work::default()
+    };
+    let measured = watch.metering.finish();
+    if args.json {
+        let mut json = to_json(&report);
+        if let Some(measured) = &measured {
+            json["energy"] = measured.json(&work);
+        }
+        print_line(json)?;
+    } else {
+        print(&name, &report)?;
+    }
+    match measured {
+        Some(measured) => {
+            measured.print(&work);
+            measured.judge([&work])
+        }
+        None => Ok(()),
+    }
 }
 
 /// A file in the temporary folder that is removed when it is no longer needed.

@@ -56,7 +56,7 @@ pub(super) struct MeterArgs {
 }
 
 impl MeterArgs {
-    fn is_wanted(&self) -> bool {
+    pub(super) fn is_wanted(&self) -> bool {
         self.energy || !self.meter.is_empty() || self.assume_watts.is_some()
     }
 
