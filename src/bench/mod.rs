@@ -56,6 +56,8 @@ impl Spread {
 pub struct Report {
     /// Where it ran.
     pub device: String,
+    /// Which kernels ran.
+    pub kernels: &'static str,
     /// Read bandwidth in bytes per second, over as much memory as a pass reads.
     pub bandwidth: Spread,
     /// Byte products per second in registers.
@@ -173,6 +175,7 @@ pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Resul
     }
     Ok(Report {
         device: model.device().describe(),
+        kernels: cpu.isa().name(),
         bandwidth: Spread::of(bandwidth),
         byte_products: Spread::of(byte_products),
         weight_bytes: shape.weight_bytes,

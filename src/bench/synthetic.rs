@@ -179,13 +179,6 @@ fn random_blocks(t: BlockType, len: u64, noise: &mut Noise, out: &mut dyn Write)
     for byte in &mut stretch {
         *byte = noise.next() as u8;
     }
-    let scales: &[usize] = match t {
-        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4_K | BlockType::Q5_K => &[0, 2],
-        BlockType::Q2_K => &[80, 82],
-        BlockType::Q3_K => &[108],
-        BlockType::Q6_K => &[208],
-        _ => &[0],
-    };
     for block in stretch.chunks_exact_mut(size) {
         let unit = noise.next() as f32 / u64::MAX as f32 - 0.5;
         match t {
@@ -193,10 +186,13 @@ fn random_blocks(t: BlockType, len: u64, noise: &mut Noise, out: &mut dyn Write)
             BlockType::BF16 => {
                 block.copy_from_slice(&half::bf16::from_f32(0.04 * unit).to_le_bytes());
             }
+            BlockType::F16 => {
+                block.copy_from_slice(&half::f16::from_f32(0.04 * unit).to_le_bytes());
+            }
             _ => {
-                let scale = if t == BlockType::F16 { 0.04 * unit } else { 2e-4 * (1.0 + unit) };
-                for &at in scales {
-                    block[at..at + 2].copy_from_slice(&half::f16::from_f32(scale).to_le_bytes());
+                let scale = half::f16::from_f32(2e-4 * (1.0 + unit)).to_le_bytes();
+                for &at in t.scale_offsets() {
+                    block[at..at + 2].copy_from_slice(&scale);
                 }
             }
         }

@@ -196,11 +196,9 @@ fn to_json(r: &Report) -> serde_json::Value {
             "bandwidth_share": rate / r.bandwidth.median,
         })
     });
-    // "cpu (avx2, 2 threads)": the kernels are named in the device's description.
-    let kernels = r.device.split(['(', ',']).nth(1).unwrap_or("").trim();
     json!({
         "device": r.device,
-        "kernels": kernels,
+        "kernels": r.kernels,
         "bandwidth_gb_s": r.bandwidth.median / GIGA,
         "int8_gmac_s": r.byte_products.median / GIGA,
         "weights_bytes_per_pass": r.weight_bytes,

@@ -71,21 +71,3 @@ pub fn quantize_q8_0(weights: &[f32]) -> Vec<u8> {
     }
     out
 }
-
-/// Rounds weights to Q4_0 blocks: the value of largest magnitude becomes -8.
-///
-/// # Panics
-/// If the number of weights is no multiple of 32.
-pub fn quantize_q4_0(weights: &[f32]) -> Vec<u8> {
-    assert_eq!(weights.len() % 32, 0);
-    let mut out = Vec::with_capacity(weights.len() / 32 * 18);
-    for block in weights.chunks_exact(32) {
-        let extreme = block.iter().fold(0f32, |m, &x| if x.abs() > m.abs() { x } else { m });
-        let d = extreme / -8.0;
-        let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-        let q = |x: f32| (x * inverse + 8.5).clamp(0.0, 15.0) as u8;
-        out.extend(f16::from_f32(d).to_le_bytes());
-        out.extend((0..16).map(|j| q(block[j]) | q(block[j + 16]) << 4));
-    }
-    out
-}

@@ -11,7 +11,7 @@ mod legacy;
 use std::fmt;
 
 pub use k_quants::SuperScales;
-pub use legacy::{quantize_q4_0, quantize_q8_0};
+pub use legacy::quantize_q8_0;
 
 /// The element types of ggml, with the numbers that GGUF gives them.
 ///
@@ -167,6 +167,19 @@ impl BlockType {
             Q6_K => 32,
             Q8_0 => 128,
             _ => 0,
+        }
+    }
+
+    /// Where the f16 scales of a quantized block lie, in bytes from its start.
+    pub fn scale_offsets(self) -> &'static [usize] {
+        use BlockType::*;
+        match self {
+            Q4_1 | Q5_1 | Q4_K | Q5_K => &[0, 2],
+            Q2_K => &[80, 82],
+            Q3_K => &[108],
+            Q6_K => &[208],
+            _ if self.is_float() => &[],
+            _ => &[0],
         }
     }
 

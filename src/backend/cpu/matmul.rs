@@ -381,15 +381,8 @@ mod tests {
         let count = elements / block_type.block_len();
         let mut bytes: Vec<u8> =
             (0..count * block_type.block_bytes()).map(|_| noise.bits() as u8).collect();
-        let halves: &[usize] = match block_type {
-            BlockType::F16 => &[0],
-            BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4_K | BlockType::Q5_K => &[0, 2],
-            BlockType::Q2_K => &[80, 82],
-            BlockType::Q3_K => &[108],
-            BlockType::Q6_K => &[208],
-            BlockType::F32 | BlockType::BF16 => &[],
-            _ => &[0],
-        };
+        // An F16 weight is a half itself.
+        let halves = if block_type == BlockType::F16 { &[0] } else { block_type.scale_offsets() };
         for block in bytes.chunks_exact_mut(block_type.block_bytes()) {
             for &at in halves {
                 let scale = half::f16::from_f32(0.1 * noise.unit());

@@ -99,13 +99,6 @@ pub struct Matrix {
     bias: Option<Vec<f32>>,
 }
 
-impl Matrix {
-    /// Bytes in memory.
-    pub fn bytes(&self) -> usize {
-        self.panels.bytes()
-    }
-}
-
 /// A vector, padded with zeros.
 #[derive(Debug)]
 pub struct Vector(Vec<f32>);
@@ -179,6 +172,10 @@ impl Backend for Cpu {
     }
 
     fn matrix(&self, weight: &SharedTensor, bias: Option<&SharedTensor>) -> Result<Matrix> {
+        if let Some(bias) = bias {
+            let view = bias.view();
+            assert_eq!(view.rows * view.cols, weight.view().rows, "one bias for each output");
+        }
         let panels = Panels::pack(&weight.view())?;
         // The panels hold it now: the mapped pages need not stay in memory too.
         weight.release();
@@ -368,6 +365,7 @@ impl Pass<Cpu> for CpuPass<'_> {
     }
 
     fn rms_norm(&mut self, x: &Buffer, weight: &Vector, epsilon: f32, out: &mut Buffer) {
+        assert_eq!(x.width, out.width);
         let stride = x.stride;
         out.set_rows(x.rows());
         let to = Shared(out.data.as_mut_ptr());
@@ -416,6 +414,7 @@ impl Pass<Cpu> for CpuPass<'_> {
     }
 
     fn attend(&mut self, q: &Buffer, cache: &Cache, layer: usize, out: &mut Buffer) {
+        assert_eq!((q.width, q.rows()), (out.width, self.rows.len()));
         out.set_rows(q.rows());
         let heads = q.width / cache.shape.head_dim;
         let a = Attention {

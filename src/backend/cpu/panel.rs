@@ -118,11 +118,6 @@ impl Panels {
     pub fn panel(&self, p: usize) -> *const u8 {
         bytemuck::cast_slice::<_, u8>(&self.data)[p * self.stride..].as_ptr()
     }
-
-    /// Bytes in memory.
-    pub fn bytes(&self) -> usize {
-        self.data.len() * 64
-    }
 }
 
 /// How a type is packed.
