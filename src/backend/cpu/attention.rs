@@ -242,12 +242,26 @@ unsafe impl Sync for Attention<'_> {}
 /// What a thread needs beside its arguments; grows once.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// A tile's keys, head_dim x 32.
-    keys: Vec<f32>,
-    /// A tile's values, 32 x padded.
-    values: Vec<f32>,
+    tile: Tile,
     /// For each (row, head of the group): largest score so far, sum of exponentials, padded sums.
     state: Vec<f32>,
+    /// For each row, the part of its path that is still to be attended to.
+    paths: Vec<u128>,
+    /// Rows that share what the tile holds, and how much of it each sees.
+    sharing: Vec<(usize, usize)>,
+}
+
+/// Keys and values of up to 32 consecutive positions of one head, widened to f32.
+#[derive(Default)]
+struct Tile {
+    /// head_dim x 32.
+    keys: Vec<f32>,
+    /// 32 x padded.
+    values: Vec<f32>,
+    /// Positions that the line fills, from the first on.
+    line: usize,
+    /// The slots of the positions after those.
+    path: Vec<usize>,
 }
 
 /// Attends with some of the query heads.
@@ -263,8 +277,8 @@ pub(super) unsafe fn attend<S: Simd, E: Element>(
     scratch: &mut Scratch,
 ) {
     let g = Geometry::new(a.shape);
-    scratch.keys.resize(g.head_dim * TILE, 0.0);
-    scratch.values.resize(TILE * g.padded, 0.0);
+    scratch.tile.keys.resize(g.head_dim * TILE, 0.0);
+    scratch.tile.values.resize(TILE * g.padded, 0.0);
     let mut first = heads.start;
     while first < heads.end {
         let kv_head = first / a.group;
@@ -285,220 +299,285 @@ unsafe fn attend_group<S: Simd, E: Element>(
     heads: std::ops::Range<usize>,
     scratch: &mut Scratch,
 ) {
-    let Scratch { keys, values, state } = scratch;
+    let Scratch { tile, state, paths, sharing } = scratch;
     let state_len = 2 + g.padded;
+    let rows = a.rows.len();
     state.clear();
-    state.resize(a.rows.len() * heads.len() * state_len, 0.0);
+    state.resize(rows * heads.len() * state_len, 0.0);
     for s in state.chunks_exact_mut(state_len) {
         s[0] = f32::NEG_INFINITY;
     }
     let rest = a.rows.line % TILE;
     let base = a.rows.line - rest;
 
-    // SAFETY (all blocks): slots below `reserve`d are in the layer; tiles are as large as keys
-    // and values; queries and outputs have a head's elements at every row.
+    // SAFETY (all blocks): slots below `reserve`d are in the layer; the tile is as large as its
+    // keys and values; queries and outputs have a head's elements at every row.
 
-    // Whole tiles of the line: converted once, used by every row and head.
-    for tile in (0..base).step_by(TILE) {
+    // Whole tiles of the line, which every row sees.
+    sharing.clear();
+    sharing.extend((0..rows).map(|row| (row, TILE)));
+    for first in (0..base).step_by(TILE) {
         // SAFETY: as above.
         unsafe {
-            load_tile::<S, E>(g, layer, kv_head, tile, TILE, keys, values);
-            let rows = 0..a.rows.len();
-            rows_step::<S>(a, g, heads.clone(), rows, TILE, keys, values, state);
+            tile.load_line::<S, E>(g, layer, kv_head, first, TILE);
+            rows_step::<S>(a, g, heads.clone(), sharing, tile, state);
         }
     }
-    // The line's rest is shared too; then each row goes on with its own path.
-    let mut shared = false;
-    for row in 0..a.rows.len() {
-        if !shared {
-            // SAFETY: as above.
-            unsafe { load_tile::<S, E>(g, layer, kv_head, base, rest, keys, values) };
-            shared = true;
-        }
-        let (mut count, mut path) = (rest, a.rows.paths[row]);
-        while path != 0 {
-            // SAFETY: as above.
-            unsafe {
-                if count == TILE {
-                    rows_step::<S>(a, g, heads.clone(), row..row + 1, TILE, keys, values, state);
-                    (count, shared) = (0, false);
-                }
+    // The line's rest, behind which each row goes on with its own path. Rows whose paths begin
+    // alike, as those of a chain do, share what is loaded.
+    paths.clear();
+    paths.extend_from_slice(a.rows.paths);
+    let mut line = rest;
+    while paths.iter().any(|path| *path != 0) {
+        // SAFETY: as above.
+        unsafe { tile.load_line::<S, E>(g, layer, kv_head, base, line) };
+        sharing.clear();
+        for (row, path) in paths.iter_mut().enumerate().filter(|(_, path)| **path != 0) {
+            let mut count = line;
+            while *path != 0 && count < TILE {
                 let slot = a.rows.line + path.trailing_zeros() as usize;
-                load_slot::<S, E>(g, layer, kv_head, slot, count, keys, values);
+                if tile.path.get(count - line) != Some(&slot) {
+                    // SAFETY: as above.
+                    unsafe {
+                        if count - line < tile.path.len() {
+                            rows_step::<S>(a, g, heads.clone(), sharing, tile, state);
+                            sharing.clear();
+                            tile.path.truncate(count - line);
+                        }
+                        tile.push_slot::<S, E>(g, layer, kv_head, slot);
+                    }
+                }
+                *path &= *path - 1;
+                count += 1;
             }
-            path &= path - 1;
-            count += 1;
+            sharing.push((row, count));
         }
         // SAFETY: as above.
-        unsafe {
-            rows_step::<S>(a, g, heads.clone(), row..row + 1, count, keys, values, state);
-        }
+        unsafe { rows_step::<S>(a, g, heads.clone(), sharing, tile, state) };
+        line = 0;
     }
 
-    for row in 0..a.rows.len() {
+    for row in 0..rows {
         for (i, head) in heads.clone().enumerate() {
             let s = &state[(row * heads.len() + i) * state_len..][..state_len];
-            for d in 0..g.head_dim {
-                // SAFETY: as above; this thread owns the head.
-                unsafe { *a.out.add(row * a.stride + head * g.head_dim + d) = s[2 + d] / s[1] };
+            let whole = g.head_dim / S::LANES * S::LANES;
+            // SAFETY: as above; this thread owns the head.
+            unsafe {
+                let out = a.out.add(row * a.stride + head * g.head_dim);
+                for d in (0..whole).step_by(S::LANES) {
+                    let sums = S::load(s.as_ptr().add(2 + d));
+                    S::store(out.add(d), S::div(sums, S::f32(s[1])));
+                }
+                for d in whole..g.head_dim {
+                    *out.add(d) = s[2 + d] / s[1];
+                }
             }
         }
     }
 }
 
-/// Adds the first `count` positions of a tile to the states of some rows, for each of the heads.
+/// Adds to the state of each row, for each of the heads, as many positions of the tile as it sees.
 ///
-/// Queries go four at a time: a vector of keys is loaded once for all, and their sums do not wait
-/// for each other. What a query gets does not depend on its neighbours.
+/// Queries go four at a time: a vector of the tile is loaded once for all, and their sums do not
+/// wait for each other. What a query gets does not depend on its neighbours.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 unsafe fn rows_step<S: Simd>(
     a: &Attention<'_>,
     g: Geometry,
     heads: std::ops::Range<usize>,
-    rows: std::ops::Range<usize>,
-    count: usize,
-    keys: &[f32],
-    values: &[f32],
+    rows: &[(usize, usize)],
+    tile: &Tile,
     state: &mut [f32],
 ) {
-    let state_len = 2 + g.padded;
-    let all = rows.start * heads.len()..rows.end * heads.len();
-    let mut i = all.start;
-    while i < all.end {
-        let n = if i + 4 <= all.end { 4 } else { 1 };
-        let mut q = [&[][..]; 4];
-        for (j, q) in q[..n].iter_mut().enumerate() {
-            let (row, head) = ((i + j) / heads.len(), heads.start + (i + j) % heads.len());
-            *q = &a.q[row * a.stride + head * g.head_dim..][..g.head_dim];
+    let (count, state_len) = (rows.len() * heads.len(), 2 + g.padded);
+    let mut i = 0;
+    while i < count {
+        let n = if i + 4 <= count { 4 } else { 1 };
+        let mut queries = [Query { q: std::ptr::null(), state: std::ptr::null_mut(), count: 0 }; 4];
+        for (j, query) in queries[..n].iter_mut().enumerate() {
+            let ((row, count), head) = (rows[(i + j) / heads.len()], (i + j) % heads.len());
+            let at = (row * heads.len() + head) * state_len;
+            *query = Query {
+                q: a.q[row * a.stride + (heads.start + head) * g.head_dim..][..g.head_dim].as_ptr(),
+                state: state[at..][..state_len].as_mut_ptr(),
+                count,
+            };
         }
-        let states = &mut state[i * state_len..(i + n) * state_len];
-        // SAFETY: the caller's.
+        // SAFETY: the caller's; the states of different queries do not overlap.
         unsafe {
             if n == 4 {
-                tile_step::<S, 4>(&q, keys, values, g, count, states);
+                tile_step::<S, 4>(&queries, tile, g);
             } else {
-                tile_step::<S, 1>(&[q[0]], keys, values, g, count, states);
+                tile_step::<S, 1>(&[queries[0]], tile, g);
             }
         }
         i += n;
     }
 }
 
-/// Widens the keys and values of the slots `first..first + count`; `first` is a tile's. Whole chunks
-/// are loaded: what lies past `count` is overwritten or masked by who uses it.
-#[inline(always)]
-unsafe fn load_tile<S: Simd, E: Element>(
-    g: Geometry,
-    layer: &[E],
-    head: usize,
-    first: usize,
-    count: usize,
-    keys: &mut [f32],
-    values: &mut [f32],
-) {
-    for at in (0..count).step_by(CHUNK) {
-        let chunk = &layer[g.keys(first + at, head)..][..g.head_len()];
-        let (k, v) = chunk.split_at(CHUNK * g.head_dim);
-        // SAFETY: lanes stay inside the chunk, whose rows are whole vectors, and the tile.
-        unsafe {
-            for d in 0..g.head_dim {
-                for lane in (0..CHUNK).step_by(S::LANES) {
-                    let x = E::load::<S>(k.as_ptr().add(d * CHUNK + lane));
-                    S::store(keys.as_mut_ptr().add(d * TILE + at + lane), x);
+impl Tile {
+    /// Starts a tile with the slots `first..first + count` of the line; `first` is a tile's. Whole
+    /// chunks are loaded: what lies past `count` is overwritten or not looked at.
+    #[inline(always)]
+    unsafe fn load_line<S: Simd, E: Element>(
+        &mut self,
+        g: Geometry,
+        layer: &[E],
+        head: usize,
+        first: usize,
+        count: usize,
+    ) {
+        self.line = count;
+        self.path.clear();
+        for at in (0..count).step_by(CHUNK) {
+            let chunk = &layer[g.keys(first + at, head)..][..g.head_len()];
+            let (k, v) = chunk.split_at(CHUNK * g.head_dim);
+            // SAFETY: lanes stay inside the chunk, whose rows are whole vectors, and the tile.
+            unsafe {
+                for d in 0..g.head_dim {
+                    for lane in (0..CHUNK).step_by(S::LANES) {
+                        let x = E::load::<S>(k.as_ptr().add(d * CHUNK + lane));
+                        S::store(self.keys.as_mut_ptr().add(d * TILE + at + lane), x);
+                    }
+                }
+                for i in (0..v.len()).step_by(S::LANES) {
+                    let x = E::load::<S>(v.as_ptr().add(i));
+                    S::store(self.values.as_mut_ptr().add(at * g.padded + i), x);
                 }
             }
-            for i in (0..v.len()).step_by(S::LANES) {
-                let x = E::load::<S>(v.as_ptr().add(i));
-                S::store(values.as_mut_ptr().add(at * g.padded + i), x);
-            }
+        }
+    }
+
+    /// Adds the next position, which is in `slot`.
+    #[inline(always)]
+    unsafe fn push_slot<S: Simd, E: Element>(
+        &mut self,
+        g: Geometry,
+        layer: &[E],
+        head: usize,
+        slot: usize,
+    ) {
+        let at = self.line + self.path.len();
+        self.path.push(slot);
+        let key = g.key(slot, head, 0);
+        for d in 0..g.head_dim {
+            self.keys[d * TILE + at] = layer[key + d * CHUNK].to_f32();
+        }
+        let v = &layer[g.value(slot, head)..][..g.padded];
+        let to = &mut self.values[at * g.padded..][..g.padded];
+        for i in (0..g.padded).step_by(S::LANES) {
+            // SAFETY: rows of values are whole vectors.
+            unsafe { S::store(to.as_mut_ptr().add(i), E::load::<S>(v.as_ptr().add(i))) };
         }
     }
 }
 
-/// Widens one slot's key and value into position `at` of the tile.
-#[inline(always)]
-unsafe fn load_slot<S: Simd, E: Element>(
-    g: Geometry,
-    layer: &[E],
-    head: usize,
-    slot: usize,
-    at: usize,
-    keys: &mut [f32],
-    values: &mut [f32],
-) {
-    let key = g.key(slot, head, 0);
-    for d in 0..g.head_dim {
-        keys[d * TILE + at] = layer[key + d * CHUNK].to_f32();
-    }
-    let v = &layer[g.value(slot, head)..][..g.padded];
-    for i in (0..g.padded).step_by(S::LANES) {
-        // SAFETY: rows of values are whole vectors.
-        unsafe {
-            let x = E::load::<S>(v.as_ptr().add(i));
-            S::store(values[at * g.padded..][..g.padded].as_mut_ptr().add(i), x);
-        }
-    }
-}
-
-/// Adds the first `count` positions of a tile to the states of `N` queries.
-#[inline(always)]
-unsafe fn tile_step<S: Simd, const N: usize>(
-    queries: &[&[f32]; N],
-    keys: &[f32],
-    values: &[f32],
-    g: Geometry,
+/// One query head of one row.
+#[derive(Clone, Copy)]
+struct Query {
+    /// head_dim elements.
+    q: *const f32,
+    /// 2 + padded elements, see [`Scratch`].
+    state: *mut f32,
+    /// Positions of the tile that it sees.
     count: usize,
-    states: &mut [f32],
-) {
-    let vectors = TILE / S::LANES;
+}
+
+/// Adds a tile to the states of `N` queries.
+///
+/// # Safety
+/// The pointers of the queries are valid for what they say, the tile's vectors are as long as `g`
+/// has them, and the CPU has `S`.
+#[inline(always)]
+unsafe fn tile_step<S: Simd, const N: usize>(queries: &[Query; N], tile: &Tile, g: Geometry) {
     // SAFETY: keys are head_dim x TILE, values TILE x padded, each state 2 + padded.
     unsafe {
-        // No instruction set has vectors so short that a tile needs more than eight. Pairs of
-        // them at a time, so that the sums of four queries stay in registers.
         let mut p = [[0f32; TILE]; N];
         let scale = S::f32(1.0 / (g.head_dim as f32).sqrt());
-        for first in (0..vectors).step_by(2) {
+        // Two vectors at a time, so that the sums of four queries stay in registers.
+        for first in (0..TILE).step_by(2 * S::LANES) {
             let mut scores = [[S::f32(0.0); 2]; N];
             for d in 0..g.head_dim {
-                let at = keys.as_ptr().add(d * TILE + first * S::LANES);
+                let at = tile.keys.as_ptr().add(d * TILE + first);
                 let (k0, k1) = (S::load(at), S::load(at.add(S::LANES)));
-                for (scores, q) in scores.iter_mut().zip(queries) {
-                    let x = S::f32(*q.get_unchecked(d));
+                for (scores, query) in scores.iter_mut().zip(queries) {
+                    let x = S::f32(*query.q.add(d));
                     scores[0] = S::fma(x, k0, scores[0]);
                     scores[1] = S::fma(x, k1, scores[1]);
                 }
             }
             for (p, scores) in p.iter_mut().zip(scores) {
-                let at = p.as_mut_ptr().add(first * S::LANES);
+                let at = p.as_mut_ptr().add(first);
                 S::store(at, S::mul(scores[0], scale));
                 S::store(at.add(S::LANES), S::mul(scores[1], scale));
             }
         }
-        for (p, state) in p.iter_mut().zip(states.chunks_exact_mut(2 + g.padded)) {
-            softmax_step::<S>(p, count, state);
-            let sums = state[2..].as_mut_ptr();
-            let mut d = 0;
-            while d < g.padded {
-                // Four vectors at a time hide the latency of the additions.
-                let n = ((g.padded - d) / S::LANES).min(4);
-                let mut acc = [S::f32(0.0); 4];
-                for (i, acc) in acc[..n].iter_mut().enumerate() {
-                    *acc = S::load(sums.add(d + i * S::LANES));
-                }
-                for (j, &p) in p[..count].iter().enumerate() {
-                    let row = values.as_ptr().add(j * g.padded + d);
-                    let p = S::f32(p);
-                    for (i, acc) in acc[..n].iter_mut().enumerate() {
-                        *acc = S::fma(p, S::load(row.add(i * S::LANES)), *acc);
-                    }
-                }
-                for (i, acc) in acc[..n].iter().enumerate() {
-                    S::store(sums.add(d + i * S::LANES), *acc);
-                }
-                d += n * S::LANES;
+        for (p, query) in p.iter_mut().zip(queries) {
+            let state = std::slice::from_raw_parts_mut(query.state, 2 + g.padded);
+            softmax_step::<S>(p, query.count, state);
+        }
+        let mut d = 0;
+        while d < g.padded {
+            // As many sums as the registers hold.
+            d += match (g.padded - d) / S::LANES {
+                4.. if S::TILE >= 8 => weigh::<S, N, 4>(queries, &p, tile, g, d),
+                2.. => weigh::<S, N, 2>(queries, &p, tile, g, d),
+                _ => weigh::<S, N, 1>(queries, &p, tile, g, d),
+            };
+        }
+    }
+}
+
+/// Adds the tile's values, by their weights `p`, to `V` vectors of the sums of `N` queries, from
+/// element `d` on; returns the elements done.
+///
+/// # Safety
+/// As [`tile_step`]'s; `d` and the elements done are within `padded`.
+#[inline(always)]
+unsafe fn weigh<S: Simd, const N: usize, const V: usize>(
+    queries: &[Query; N],
+    p: &[[f32; TILE]; N],
+    tile: &Tile,
+    g: Geometry,
+    d: usize,
+) -> usize {
+    // SAFETY: the caller's; counts are at most TILE.
+    unsafe {
+        let values = tile.values.as_ptr().add(d);
+        let mut sums = [[S::f32(0.0); V]; N];
+        let mut common = TILE;
+        for (sums, query) in sums.iter_mut().zip(queries) {
+            common = common.min(query.count);
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(query.state.add(2 + d + v * S::LANES));
             }
         }
+        for j in 0..common {
+            let row = values.add(j * g.padded);
+            let mut x = [S::f32(0.0); V];
+            for (v, x) in x.iter_mut().enumerate() {
+                *x = S::load(row.add(v * S::LANES));
+            }
+            for (sums, p) in sums.iter_mut().zip(p) {
+                let p = S::f32(*p.get_unchecked(j));
+                for (sum, x) in sums.iter_mut().zip(&x) {
+                    *sum = S::fma(p, *x, *sum);
+                }
+            }
+        }
+        // (Weights of 0 for what a query does not see would not do: a value may be infinite.)
+        for ((sums, p), query) in sums.iter_mut().zip(p).zip(queries) {
+            for (j, &p) in p.iter().enumerate().take(query.count).skip(common) {
+                let row = values.add(j * g.padded);
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::fma(S::f32(p), S::load(row.add(v * S::LANES)), *sum);
+                }
+            }
+            for (v, sum) in sums.iter().enumerate() {
+                S::store(query.state.add(2 + d + v * S::LANES), *sum);
+            }
+        }
+        V * S::LANES
     }
 }
 
@@ -538,6 +617,153 @@ unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], count: usize, state: &mut [
         let sums = state[2..].as_mut_ptr();
         for d in (0..state.len() - 2).step_by(S::LANES) {
             S::store(sums.add(d), S::mul(S::load(sums.add(d)), S::f32(correction[0])));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::cpu::{Buffer, Cpu, Isa};
+    use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
+
+    /// A small generator, so that a failure can be repeated.
+    struct Noise(u64);
+
+    impl Noise {
+        fn below(&mut self, n: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.0 >> 33) as usize % n
+        }
+
+        fn floats(&mut self, n: usize) -> Vec<f32> {
+            (0..n).map(|_| self.below(1 << 20) as f32 / (1 << 19) as f32 - 1.0).collect()
+        }
+    }
+
+    fn buffer(cpu: &Cpu, width: usize, rows: &[Vec<f32>]) -> Buffer {
+        let mut out = cpu.buffer(width);
+        out.set_rows(rows.len());
+        for (i, row) in rows.iter().enumerate() {
+            out.row_mut(i)[..width].copy_from_slice(row);
+        }
+        out
+    }
+
+    /// Keys, values and queries of slots `0..line + tree`, and the paths of the tree's slots.
+    struct Case {
+        shape: CacheShape,
+        group: usize,
+        line: usize,
+        k: Vec<Vec<f32>>,
+        v: Vec<Vec<f32>>,
+        q: Vec<Vec<f32>>,
+        paths: Vec<u128>,
+    }
+
+    impl Case {
+        fn new(
+            shape: CacheShape,
+            group: usize,
+            line: usize,
+            tree: usize,
+            noise: &mut Noise,
+        ) -> Self {
+            let (slots, width) = (line + tree, shape.kv_heads * shape.head_dim);
+            let mut rows = |n: usize, width| (0..n).map(|_| noise.floats(width)).collect();
+            let (k, v, q) = (rows(slots, width), rows(slots, width), rows(slots, width * group));
+            // Long chains with a few branches.
+            let mut paths: Vec<u128> = Vec::new();
+            for i in 0..tree {
+                let parent = match noise.below(4) {
+                    0 => noise.below(i + 1).checked_sub(1),
+                    _ => i.checked_sub(1),
+                };
+                paths.push(parent.map_or(0, |p| paths[p]) | 1 << i);
+            }
+            Case { shape, group, line, k, v, q, paths }
+        }
+
+        /// Stores everything, and attends with the rows `rows` of the tree.
+        fn run(&self, cpu: &Cpu, rows: std::ops::Range<usize>) -> Vec<Vec<f32>> {
+            let width = self.shape.kv_heads * self.shape.head_dim;
+            let mut cache = cpu.cache(self.shape);
+            let mut pass = |line: usize, range: std::ops::Range<usize>, paths: &[u128]| {
+                if range.is_empty() {
+                    return Vec::new();
+                }
+                let tokens = vec![0; range.len()];
+                let rotations = vec![[1.0, 0.0]; range.len()];
+                let first_slot = range.start;
+                let rows = Rows { tokens: &tokens, line, first_slot, paths, rotations: &rotations };
+                let mut q = buffer(cpu, width * self.group, &self.q[range.clone()]);
+                let mut k = buffer(cpu, width, &self.k[range.clone()]);
+                let v = buffer(cpu, width, &self.v[range.clone()]);
+                let mut out = cpu.buffer(width * self.group);
+                // (So many multiplications that all threads are called.)
+                cpu.pass(&rows, usize::MAX, |pass| {
+                    let pairs = RotaryPairs::Interleaved;
+                    pass.rotate_and_store(&mut q, &mut k, &v, pairs, &mut cache, 0);
+                    pass.attend(&q, &cache, 0, &mut out);
+                    Ok(())
+                })
+                .unwrap();
+                (0..range.len()).map(|i| out.row(i)[..width * self.group].to_vec()).collect()
+            };
+            for slot in 0..self.line {
+                pass(slot, slot..slot + 1, &[1]);
+            }
+            let (line, tree) = (self.line, self.paths.len());
+            pass(line, line..line + rows.start, &self.paths[..rows.start]);
+            let out = pass(line, line + rows.start..line + rows.end, &self.paths[rows.clone()]);
+            pass(line, line + rows.end..line + tree, &self.paths[rows.end..]);
+            out
+        }
+
+        /// Head by head in double precision.
+        fn exact(&self, row: usize) -> Vec<f64> {
+            let (d, path) = (self.shape.head_dim, self.paths[row]);
+            let tree = (0..self.paths.len()).filter(|r| path >> r & 1 == 1).map(|r| self.line + r);
+            let seen: Vec<usize> = (0..self.line).chain(tree).collect();
+            let mut out = Vec::new();
+            for head in 0..self.shape.kv_heads * self.group {
+                let q = &self.q[self.line + row][head * d..][..d];
+                let at = head / self.group * d;
+                let dot = |k: &[f32]| -> f64 {
+                    q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum()
+                };
+                let weights: Vec<f64> = seen
+                    .iter()
+                    .map(|&slot| (dot(&self.k[slot][at..][..d]) / (d as f64).sqrt()).exp())
+                    .collect();
+                let total: f64 = weights.iter().sum();
+                out.extend((0..d).map(|i| {
+                    let value = |(&slot, w): (&usize, &f64)| w * f64::from(self.v[slot][at + i]);
+                    seen.iter().zip(&weights).map(value).sum::<f64>() / total
+                }));
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn attention_is_exact_and_a_row_gets_the_same_bits_alone_and_among_others() {
+        let mut noise = Noise(3);
+        let cases = [(64, 2, 4, 70, 13), (80, 1, 1, 31, 40), (8, 2, 3, 0, 66), (16, 1, 5, 64, 1)];
+        for (head_dim, kv_heads, group, line, tree) in cases {
+            let cache_type = CacheType::F32;
+            let shape = CacheShape { layers: 1, kv_heads, head_dim, cache_type };
+            let case = Case::new(shape, group, line, tree, &mut noise);
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+                let cpu = Cpu::with_isa(2, isa).unwrap();
+                let together = case.run(&cpu, 0..tree);
+                for row in (0..tree).step_by(7) {
+                    let alone = &case.run(&cpu, row..row + 1)[0];
+                    assert!(*alone == together[row], "{isa}: row {row} is not the same alone");
+                    for (x, exact) in together[row].iter().zip(case.exact(row)) {
+                        assert!((f64::from(*x) - exact).abs() < 1e-5, "{isa} {row}: {x} {exact}");
+                    }
+                }
+            }
         }
     }
 }

@@ -4,8 +4,12 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64;
 use super::attention::{self, Attention, Half, Scratch};
-use super::matmul::{self, Form, Kernel};
+#[cfg(target_arch = "aarch64")]
+use super::matmul::InPairs;
+use super::matmul::{self, Form, Kernel, Singly};
 use super::panel::{Format, match_format};
 use super::probe;
 use super::simd::{Scalar, Simd, exp, sum_lanes};
@@ -28,11 +32,26 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI.
     Avx512Vnni,
+    /// NEON.
+    Neon,
+    /// NEON with the dot products of bytes.
+    Dotprod,
+    /// NEON with the products of byte matrices.
+    I8mm,
 }
 
 impl Isa {
-    /// All, from the plainest to the best.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni];
+    /// All, for each processor family from the plainest to the best.
+    pub const ALL: [Isa; 8] = [
+        Isa::Scalar,
+        Isa::Avx2,
+        Isa::AvxVnni,
+        Isa::Avx512,
+        Isa::Avx512Vnni,
+        Isa::Neon,
+        Isa::Dotprod,
+        Isa::I8mm,
+    ];
 
     /// Its name, as `MTAD_CPU` takes it.
     pub fn name(self) -> &'static str {
@@ -42,6 +61,9 @@ impl Isa {
             Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Neon => "neon",
+            Isa::Dotprod => "dotprod",
+            Isa::I8mm => "i8mm",
         }
     }
 
@@ -63,9 +85,23 @@ impl Isa {
                 Isa::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
                 Isa::Avx512 => avx512,
                 Isa::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
+                _ => false,
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        {
+            use std::arch::is_aarch64_feature_detected;
+            let neon = is_aarch64_feature_detected!("neon");
+            let dotprod = neon && is_aarch64_feature_detected!("dotprod");
+            match self {
+                Isa::Scalar => true,
+                Isa::Neon => neon,
+                Isa::Dotprod => dotprod,
+                Isa::I8mm => dotprod && is_aarch64_feature_detected!("i8mm"),
+                _ => false,
+            }
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         {
             self == Isa::Scalar
         }
@@ -97,6 +133,12 @@ impl Isa {
             Isa::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => &avx512vnni::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &neon::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Dotprod => &dotprod::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::I8mm => &i8mm::KERNELS,
             _ => &scalar::KERNELS,
         }
     }
@@ -174,7 +216,7 @@ unsafe fn swiglu<S: Simd>(gate: &mut [f32], up: &[f32]) {
 
 /// Compiles the kernels for one instruction set, in a module of its own.
 macro_rules! compile {
-    ($module:ident, $simd:ty, [$($n:literal)*] $(, $features:literal)?) => {
+    ($module:ident, $simd:ty, $products:ty, [$($n:literal)*] $(, $features:literal)?) => {
         mod $module {
             use super::*;
 
@@ -183,7 +225,7 @@ macro_rules! compile {
             $(#[target_feature(enable = $features)])?
             unsafe fn quantized<F: Format, const N: usize>(a: &matmul::Args) {
                 // SAFETY: the caller's.
-                unsafe { matmul::quantized::<$simd, F, N>(a) }
+                unsafe { matmul::quantized::<$simd, $products, F, N>(a) }
             }
 
             /// # Safety
@@ -221,7 +263,8 @@ macro_rules! compile {
             /// The machine has the instruction set.
             $(#[target_feature(enable = $features)])?
             unsafe fn lay_out(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
-                matmul::lay_out(form, x, tile, r, n);
+                // SAFETY: the caller's.
+                unsafe { matmul::lay_out::<$simd>(form, x, tile, r, n) }
             }
 
             /// # Safety
@@ -289,20 +332,27 @@ macro_rules! compile {
     };
 }
 
-compile!(scalar, Scalar, [1 2 3 4]);
+compile!(scalar, Scalar, Singly, [1 2 3 4]);
 #[cfg(target_arch = "x86_64")]
-compile!(avx2, x86::Avx2, [1 2 3 4], "avx2,fma,f16c");
+compile!(avx2, x86::Avx2, Singly, [1 2 3 4], "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-compile!(avxvnni, x86::AvxVnni, [1 2 3 4], "avx2,fma,f16c,avxvnni");
+compile!(avxvnni, x86::AvxVnni, Singly, [1 2 3 4], "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
-compile!(avx512, x86::Avx512, [1 2 3 4 5 6 7 8], "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
+compile!(avx512, x86::Avx512, Singly, [1 2 3 4 5 6 7 8], "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
 #[cfg(target_arch = "x86_64")]
 compile!(
     avx512vnni,
     x86::Avx512Vnni,
+    Singly,
     [1 2 3 4 5 6 7 8],
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 );
+#[cfg(target_arch = "aarch64")]
+compile!(neon, aarch64::Neon, Singly, [1 2 3 4], "neon");
+#[cfg(target_arch = "aarch64")]
+compile!(dotprod, aarch64::Dotprod, Singly, [1 2 3 4], "neon,dotprod");
+#[cfg(target_arch = "aarch64")]
+compile!(i8mm, aarch64::I8mm, InPairs, [1 2 3 4], "neon,dotprod,i8mm");
 
 /// The machine's choice, made once.
 pub(super) fn chosen() -> Result<Isa> {

@@ -12,7 +12,7 @@
 //! count and the instruction set.
 
 use super::panel::{BLOCK, Format, Panels, ROWS, Values};
-use super::simd::Simd;
+use super::simd::{PairSimd, Simd, max_lanes, sum_lanes_i};
 
 /// What a kernel works on: one panel and one tile.
 #[derive(Clone, Copy)]
@@ -84,50 +84,174 @@ const fn block_dwords(subs: usize) -> usize {
 
 /// Lays out row `r` of a tile of `n` rows.
 ///
+/// # Safety
+/// The CPU has `S`.
+///
 /// # Panics
 /// If `tile` is shorter than `n` rows of the form.
 #[inline(always)]
-pub(super) fn lay_out(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
+pub(super) unsafe fn lay_out<S: Simd>(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
     match form {
         Form::Float => {
             for (x, group) in x.iter().zip(tile.chunks_exact_mut(n)) {
                 group[r] = x.to_bits();
             }
         }
-        Form::Bytes { subs: 1, offset } => quantize::<1>(x, offset, tile, r, n),
-        Form::Bytes { offset, .. } => quantize::<2>(x, offset, tile, r, n),
+        // SAFETY: the caller's.
+        Form::Bytes { subs: 1, offset } => unsafe { quantize::<S, 1>(x, offset, tile, r, n) },
+        // SAFETY: the caller's.
+        Form::Bytes { offset, .. } => unsafe { quantize::<S, 2>(x, offset, tile, r, n) },
     }
 }
 
 /// Rounds a row to bytes: in each block the largest magnitude becomes 127.
 #[inline(always)]
-fn quantize<const SUBS: usize>(x: &[f32], offset: u32, tile: &mut [u32], r: usize, n: usize) {
-    // Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low bits; unlike a
-    // conversion it is one addition in every instruction set.
-    const MAGIC: f32 = 12_582_912.0;
+unsafe fn quantize<S: Simd, const SUBS: usize>(
+    x: &[f32],
+    offset: u32,
+    tile: &mut [u32],
+    r: usize,
+    n: usize,
+) {
     let blocks = tile.chunks_exact_mut(n * block_dwords(SUBS));
     for (x, tile) in x.chunks_exact(BLOCK).zip(blocks) {
-        let mut largest = [0f32; 8];
-        for x in x.chunks_exact(8) {
-            for (m, x) in largest.iter_mut().zip(x) {
-                *m = if x.abs() > *m { x.abs() } else { *m };
+        let (mut bytes, mut part_sums) = ([0u8; BLOCK], [0i32; SUBS]);
+        // SAFETY: a block of floats, and of bytes, is a whole number of vectors.
+        let scale = unsafe {
+            let (mut largest, zero) = (S::f32(0.0), S::f32(0.0));
+            for i in (0..BLOCK).step_by(S::LANES) {
+                let x = S::load(x.as_ptr().add(i));
+                largest = S::max(largest, S::max(x, S::sub(zero, x)));
             }
-        }
-        let largest = largest.into_iter().fold(0f32, f32::max);
-        let scale = largest / 127.0;
-        let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
-        let mut q = [0i32; BLOCK];
-        for (q, x) in q.iter_mut().zip(x) {
-            *q = ((x * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
-        }
-        for (g, q) in q.chunks_exact(4).enumerate() {
-            tile[g * n + r] = u32::from_le_bytes([q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8]);
+            let largest = max_lanes::<S>(largest);
+            // (What is so small that its scale is no normal number counts as zero.)
+            let scale = largest / 127.0;
+            let normal = scale >= f32::MIN_POSITIVE;
+            let inverse = S::f32(if normal { 127.0 / largest } else { 0.0 });
+            for (part, sum) in part_sums.iter_mut().enumerate() {
+                let mut sums = S::i32(0);
+                for i in (part * BLOCK / SUBS..(part + 1) * BLOCK / SUBS).step_by(S::LANES) {
+                    let q = S::round(S::mul(S::load(x.as_ptr().add(i)), inverse));
+                    S::store_bytes(bytes.as_mut_ptr().add(i), q);
+                    sums = S::add_i(sums, q);
+                }
+                *sum = sum_lanes_i::<S>(sums);
+            }
+            if normal { scale } else { 0.0 }
+        };
+        for (g, q) in bytes.as_chunks::<4>().0.iter().enumerate() {
+            tile[g * n + r] = u32::from_le_bytes(*q);
         }
         tile[8 * n + r] = scale.to_bits();
-        for (s, q) in q.chunks_exact(BLOCK / SUBS).enumerate() {
-            let sum = q.iter().fold(0i32, |sum, &q| sum.wrapping_add(q));
+        for (s, sum) in part_sums.into_iter().enumerate() {
             tile[(9 + s) * n + r] = (sum.wrapping_neg() as u32) << offset;
             tile[(9 + SUBS + s) * n + r] = (scale * sum as f32).to_bits();
+        }
+    }
+}
+
+/// How the bytes of a block are multiplied: one activation row after the other, or in pairs.
+pub(super) trait Products<S: Simd> {
+    /// The integer sums of `N` activation rows over the part `SUB` of a block.
+    ///
+    /// # Safety
+    /// As [`quantized`]: `plane` points at the block's values, `tile` at its activations.
+    unsafe fn sums<F: Format, const N: usize, const SUB: usize>(
+        plane: *const u8,
+        tile: *const u32,
+    ) -> [S::I; N];
+}
+
+/// What the sum of activation row `r` begins with: what takes the offset off the weights.
+#[inline(always)]
+unsafe fn beginning<S: Simd, F: Format, const N: usize, const SUB: usize>(
+    tile: *const u32,
+    r: usize,
+) -> i32 {
+    match Form::of::<S, F>() {
+        Form::Bytes { offset: 0, .. } | Form::Float => 0,
+        // SAFETY: the caller's.
+        Form::Bytes { .. } => unsafe { *tile.add((9 + SUB) * N + r) as i32 },
+    }
+}
+
+/// One activation row after the other.
+pub(super) struct Singly;
+
+impl<S: Simd> Products<S> for Singly {
+    #[inline(always)]
+    unsafe fn sums<F: Format, const N: usize, const SUB: usize>(
+        plane: *const u8,
+        tile: *const u32,
+    ) -> [S::I; N] {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut acc = [S::i32(0); N];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                *acc = S::i32(beginning::<S, F, N, SUB>(tile, r));
+            }
+            macro_rules! groups {
+                ($($g:literal)*) => {$(
+                    if $g * F::SUBS / 8 == SUB {
+                        let q = F::Values::group::<S>(plane, $g);
+                        for (r, acc) in acc.iter_mut().enumerate() {
+                            let x = S::i32(*tile.add($g * N + r) as i32);
+                            *acc = match F::Values::WIDE {
+                                true => S::dot_wide(*acc, q, x),
+                                false => S::dot(*acc, q, x),
+                            };
+                        }
+                    }
+                )*};
+            }
+            groups!(0 1 2 3 4 5 6 7);
+            acc
+        }
+    }
+}
+
+/// Two activation rows at a time, where the instruction set can; a last one alone.
+#[cfg_attr(not(target_arch = "aarch64"), allow(dead_code))]
+pub(super) struct InPairs;
+
+impl<S: PairSimd> Products<S> for InPairs {
+    #[inline(always)]
+    unsafe fn sums<F: Format, const N: usize, const SUB: usize>(
+        plane: *const u8,
+        tile: *const u32,
+    ) -> [S::I; N] {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut pairs = [S::pair(0, 0); 4];
+            for (i, pair) in pairs[..N / 2].iter_mut().enumerate() {
+                let first = beginning::<S, F, N, SUB>(tile, 2 * i);
+                *pair = S::pair(first, beginning::<S, F, N, SUB>(tile, 2 * i + 1));
+            }
+            let mut last = S::i32(beginning::<S, F, N, SUB>(tile, N - 1));
+            macro_rules! groups {
+                ($($g:literal)*) => {$(
+                    if $g * F::SUBS / 8 == SUB {
+                        let first = F::Values::group::<S>(plane, $g);
+                        let second = F::Values::group::<S>(plane, $g + 1);
+                        let (x, y) = (tile.add($g * N), tile.add(($g + 1) * N));
+                        let w = S::eight(first, second);
+                        for (i, pair) in pairs[..N / 2].iter_mut().enumerate() {
+                            *pair = S::dot_pair(*pair, w, x.add(2 * i), y.add(2 * i));
+                        }
+                        if N % 2 == 1 {
+                            last = S::dot_wide(last, first, S::i32(*x.add(N - 1) as i32));
+                            last = S::dot_wide(last, second, S::i32(*y.add(N - 1) as i32));
+                        }
+                    }
+                )*};
+            }
+            groups!(0 2 4 6);
+            let mut acc = [last; N];
+            for (i, pair) in pairs[..N / 2].iter().enumerate() {
+                let [a, b] = S::split(*pair);
+                (acc[2 * i], acc[2 * i + 1]) = (a, b);
+            }
+            acc
         }
     }
 }
@@ -138,7 +262,7 @@ fn quantize<const SUBS: usize>(x: &[f32], offset: u32, tile: &mut [u32], r: usiz
 /// `a` describes a panel of this format with `cols` a multiple of 32, a tile of `N` rows laid
 /// out for it, and outputs that nobody else uses; the CPU has `S`.
 #[inline(always)]
-pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
+pub(super) unsafe fn quantized<S: Simd, P: Products<S>, F: Format, const N: usize>(a: &Args) {
     let (blocks, values) = (a.cols / BLOCK, a.panel.wrapping_add(a.scale_bytes));
     for lane in (0..ROWS).step_by(S::LANES) {
         // SAFETY: all reads are inside the panel and the tile, whose sizes follow from `cols`.
@@ -157,9 +281,9 @@ pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
                 let plane = values.add(at + 4 * lane);
                 let set = a.panel.add(b / F::SCALE_BLOCKS * F::SCALE_BYTES);
                 let [first, second] = F::scales::<S>(set, lane, b % F::SCALE_BLOCKS);
-                part::<S, F, N, 0>(plane, tile, first, &mut sums);
+                part::<S, P, F, N, 0>(plane, tile, first, &mut sums);
                 if F::SUBS == 2 {
-                    part::<S, F, N, 1>(plane, tile, second, &mut sums);
+                    part::<S, P, F, N, 1>(plane, tile, second, &mut sums);
                 }
                 tile = tile.add(N * block_dwords(F::SUBS));
             }
@@ -170,36 +294,15 @@ pub(super) unsafe fn quantized<S: Simd, F: Format, const N: usize>(a: &Args) {
 
 /// Adds the part `SUB` of a block, which has a scale of its own, to the sums of `N` rows.
 #[inline(always)]
-unsafe fn part<S: Simd, F: Format, const N: usize, const SUB: usize>(
+unsafe fn part<S: Simd, P: Products<S>, F: Format, const N: usize, const SUB: usize>(
     plane: *const u8,
     tile: *const u32,
     [scale, minimum]: [S::F; 2],
     sums: &mut [S::F; N],
 ) {
-    let has_offset = !matches!(Form::of::<S, F>(), Form::Bytes { offset: 0, .. });
     // SAFETY: the caller's, [`quantized`].
     unsafe {
-        let mut acc = [S::i32(0); N];
-        if has_offset {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                *acc = S::i32(*tile.add((9 + SUB) * N + r) as i32);
-            }
-        }
-        macro_rules! groups {
-            ($($g:literal)*) => {$(
-                if $g * F::SUBS / 8 == SUB {
-                    let q = F::Values::group::<S>(plane, $g);
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let x = S::i32(*tile.add($g * N + r) as i32);
-                        *acc = match F::Values::WIDE {
-                            true => S::dot_wide(*acc, q, x),
-                            false => S::dot(*acc, q, x),
-                        };
-                    }
-                }
-            )*};
-        }
-        groups!(0 1 2 3 4 5 6 7);
+        let acc = P::sums::<F, N, SUB>(plane, tile);
         for r in 0..N {
             let d = S::f32(f32::from_bits(*tile.add(8 * N + r)));
             sums[r] = S::fma(S::mul(S::to_f32(acc[r]), d), scale, sums[r]);
@@ -294,24 +397,6 @@ unsafe fn finish<S: Simd, const N: usize>(a: &Args, lane: usize, sums: [S::F; N]
     }
 }
 
-/// From how many rows on the next panel is fetched while one is worked on. More rows leave no time
-/// to wait for memory. For one and two, Intel's cores (Sapphire Rapids: 30% faster) gain from it
-/// too, while AMD's (Zen 4) stream faster on their own.
-fn rows_worth_prefetching() -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        static FROM: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
-        *FROM.get_or_init(|| {
-            let vendor = std::arch::x86_64::__cpuid(0);
-            let intel = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat()
-                == *b"GenuineIntel";
-            if intel { 1 } else { 3 }
-        })
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    3
-}
-
 /// Multiplies some panels with every tile of a batch.
 ///
 /// # Safety
@@ -330,14 +415,15 @@ pub(super) unsafe fn multiply(
     bias: Option<&[f32]>,
     add: bool,
 ) {
-    let fetch_from = rows_worth_prefetching();
     let tile = kernels.by_rows.len();
     let row_dwords = kernels.form.row_dwords(panels.cols);
     for p in range.clone() {
         let panel = panels.panel(p);
         for first in (0..rows).step_by(tile) {
             let n = tile.min(rows - first);
-            let fetch = first == 0 && n >= fetch_from && p + 1 < range.end;
+            // The next panel is asked for while the first tile is worked on: without, any number
+            // of rows waits for memory.
+            let fetch = first == 0 && p + 1 < range.end;
             let args = Args {
                 panel,
                 scale_bytes: panels.scale_bytes,

@@ -7,6 +7,8 @@
 //!
 //! Weights are packed once, when a model is loaded; embedding tables stay in the mapped file.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod attention;
 mod kernels;
 mod matmul;

@@ -54,6 +54,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_i8(p: *const u8) -> Self::I;
     /// `LANES` 16-bit words, widened without sign.
     unsafe fn load_u16(p: *const u16) -> Self::I;
+    /// Stores the low byte of each lane.
+    unsafe fn store_bytes(p: *mut u8, x: Self::I);
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
@@ -71,6 +73,31 @@ pub(super) trait Simd: Copy {
 
     /// Asks for a cache line.
     unsafe fn prefetch(p: *const u8);
+}
+
+/// An instruction set that multiplies bytes by matrices: weights of eight columns with two
+/// activation rows at once.
+#[cfg_attr(not(target_arch = "aarch64"), allow(dead_code))]
+pub(super) trait PairSimd: Simd {
+    /// Eight columns of the weights of `LANES` rows.
+    type Eight: Copy;
+    /// The sums of two activation rows, in the order of the instruction.
+    type Pair: Copy;
+
+    /// From two vectors of four columns.
+    unsafe fn eight(first: Self::I, second: Self::I) -> Self::Eight;
+    /// Sums that begin at `a` for one activation row and at `b` for the other.
+    unsafe fn pair(a: i32, b: i32) -> Self::Pair;
+    /// acc + the products of eight columns, whose first and second four signed bytes of the two
+    /// activation rows are at `first` and `second`.
+    unsafe fn dot_pair(
+        acc: Self::Pair,
+        w: Self::Eight,
+        first: *const u32,
+        second: *const u32,
+    ) -> Self::Pair;
+    /// The sums of the two activation rows, lane by lane.
+    unsafe fn split(acc: Self::Pair) -> [Self::I; 2];
 }
 
 /// e^x, within two units in the last place; 0 below -87.3, and x is taken as at most 88.
@@ -113,13 +140,33 @@ pub(super) unsafe fn sum_lanes<S: Simd>(x: S::F) -> f32 {
     lanes[0]
 }
 
+/// The sum of the lanes of integers.
+#[inline(always)]
+pub(super) unsafe fn sum_lanes_i<S: Simd>(x: S::I) -> i32 {
+    let mut lanes = [0f32; 16];
+    // SAFETY: the array is at least as wide as any vector.
+    unsafe { S::store(lanes.as_mut_ptr(), S::as_f32(x)) };
+    let mut sum = 0i32;
+    for lane in &lanes[..S::LANES] {
+        sum = sum.wrapping_add(lane.to_bits() as i32);
+    }
+    sum
+}
+
 /// The largest lane.
 #[inline(always)]
 pub(super) unsafe fn max_lanes<S: Simd>(x: S::F) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     // SAFETY: the array is at least as wide as any vector.
     unsafe { S::store(lanes.as_mut_ptr(), x) };
-    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    let mut n = S::LANES;
+    while n > 1 {
+        n /= 2;
+        for i in 0..n {
+            lanes[i] = if lanes[i + n] > lanes[i] { lanes[i + n] } else { lanes[i] };
+        }
+    }
+    lanes[0]
 }
 
 /// No instruction set at all: the twin that the others are compared with.
@@ -230,6 +277,11 @@ impl Simd for Scalar {
     unsafe fn load_u16(p: *const u16) -> I {
         // SAFETY: the caller's.
         each(unsafe { p.cast::<[u16; LANES]>().read_unaligned() }, i32::from)
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, x: I) {
+        // SAFETY: the caller's.
+        unsafe { p.cast::<[u8; LANES]>().write(each(x, |x| x as u8)) }
     }
     #[inline(always)]
     unsafe fn add_i(a: I, b: I) -> I {

@@ -92,6 +92,17 @@ macro_rules! simd_256 {
             unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }
         }
         #[inline(always)]
+        unsafe fn store_bytes(p: *mut u8, x: __m256i) {
+            unsafe {
+                // Bytes 0, 4, 8, 12 of each half to its front.
+                let front = _mm256_set1_epi32(0x0c08_0400);
+                let x = _mm256_shuffle_epi8(x, front);
+                let pair =
+                    _mm_unpacklo_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+                _mm_storel_epi64(p.cast(), pair);
+            }
+        }
+        #[inline(always)]
         unsafe fn add_i(a: __m256i, b: __m256i) -> __m256i {
             unsafe { _mm256_add_epi32(a, b) }
         }
@@ -257,6 +268,10 @@ macro_rules! simd_512 {
         #[inline(always)]
         unsafe fn load_u16(p: *const u16) -> __m512i {
             unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store_bytes(p: *mut u8, x: __m512i) {
+            unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(x)) }
         }
         #[inline(always)]
         unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
