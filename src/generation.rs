@@ -1,26 +1,62 @@
 //! Sessions and generations: text in, text out, token by token.
 
 use std::collections::VecDeque;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Prefill, Settings, Statistics};
+use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Prefill};
+use crate::decode::{Settings, Statistics, Strategy};
 use crate::error::{Error, Result};
 use crate::model::SessionOptions;
-use crate::model::lm::{Lm, Token};
+use crate::model::lm::{Batch, Lm, Output, Row, Token, Want, extend};
 use crate::pair::Pair;
-use crate::tokenizer::{EncodeOptions, StreamDecoder, Tokenizer};
+use crate::sampling::RngState;
+use crate::tokenizer::{EncodeOptions, StreamDecoder};
 
-/// One conversation with a pair: caches, and the text that they hold.
+/// One conversation with a pair: caches, the text that they hold, and the random numbers that come
+/// next.
 ///
-/// A new prompt keeps what it shares with the last text.
+/// [`Session::generate`] begins a text with a prompt, and keeps what the prompt shares with the
+/// last text. [`Session::resume`] goes on where a text was left: after [`Session::prompt`], after a
+/// generation that was dropped or had its tokens, after [`Session::save`] and
+/// [`Pair::load_session`]. However often a text is left and resumed, it is the same text, as long
+/// as the settings are the same and their strategy remembers nothing from round to round (`beam`,
+/// `dsbd` and `auto` do: they begin anew with what the text says).
 pub struct Session {
-    tokenizer: Tokenizer,
-    target: Box<dyn Lm>,
-    draft: Option<Box<dyn Lm>>,
+    pub(crate) pair: Pair,
+    pub(crate) options: SessionOptions,
+    pub(crate) target: Box<dyn Lm>,
+    pub(crate) draft: Option<Box<dyn Lm>>,
     decoding: Option<Decoding>,
     /// For the decoding that the first prompt makes.
     listener: Option<Listener>,
+    /// Tokens of the last block, at the end of the text, that were not handed out yet.
+    ready: VecDeque<Piece>,
+    /// Tokens that were decided beyond the text: what a limit cut off.
+    ahead: Vec<Ahead>,
+    /// The part of the text whose characters were all handed out.
+    spoken: usize,
+    /// Whether the next generation begins the numbers of its seed.
+    fresh: bool,
+}
+
+/// A token that was decided but not handed out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Ahead {
+    pub token: Token,
+    pub drafted: bool,
+    pub log_prob: Option<f64>,
+}
+
+/// All of a session but its caches.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Snapshot {
+    pub text: Vec<Token>,
+    pub ahead: Vec<Ahead>,
+    pub spoken: usize,
+    pub fresh: bool,
+    pub rng: RngState,
 }
 
 /// What to generate.
@@ -95,12 +131,22 @@ pub struct Piece {
 impl Session {
     pub(crate) fn new(pair: &Pair, options: &SessionOptions) -> Self {
         Session {
-            tokenizer: pair.tokenizer().clone(),
+            pair: pair.clone(),
+            options: *options,
             target: pair.target().session(options),
             draft: pair.draft().map(|draft| draft.session(options)),
             decoding: None,
             listener: None,
+            ready: VecDeque::new(),
+            ahead: Vec::new(),
+            spoken: 0,
+            fresh: true,
         }
+    }
+
+    /// The models that it is a session of.
+    pub fn pair(&self) -> &Pair {
+        &self.pair
     }
 
     /// The most tokens that prompt and text may have together.
@@ -108,7 +154,14 @@ impl Session {
         self.target.capacity()
     }
 
-    /// Has each change of phase told to `listener`, from the next prompt on.
+    /// Prompt and generated tokens, as far as they were handed out.
+    pub fn tokens(&self) -> &[Token] {
+        let Some(decoding) = &self.decoding else { return &[] };
+        let undelivered = self.ready.iter().filter(|piece| piece.token.is_some()).count();
+        &decoding.text()[..decoding.text().len() - undelivered]
+    }
+
+    /// Has each change of phase told to `listener`, from the next prompt or generation on.
     pub fn listen(&mut self, listener: Listener) {
         self.listener = Some(listener);
     }
@@ -119,8 +172,7 @@ impl Session {
     /// Settings outside their ranges; a prompt that is empty or longer than the context; what
     /// the models report.
     pub fn generate(&mut self, prompt: &str, request: &Request) -> Result<Generation<'_>> {
-        let options = EncodeOptions { bos: self.tokenizer.add_bos(), special: request.special };
-        let tokens = self.tokenizer.encode(prompt, options);
+        let tokens = self.encode(prompt, request.special);
         self.generate_from(&tokens, request)
     }
 
@@ -129,59 +181,276 @@ impl Session {
     /// # Errors
     /// As [`Session::generate`].
     pub fn generate_from(&mut self, prompt: &[Token], request: &Request) -> Result<Generation<'_>> {
-        match &mut self.decoding {
-            Some(decoding) => decoding.configure(request.settings.clone())?,
-            None => self.decoding = Some(Decoding::new(request.settings.clone())?),
+        self.configure(request.settings.clone(), true)?;
+        let prefill = self.start(prompt)?;
+        self.fresh = false;
+        Ok(Generation::new(Owner::Lent(self), request, prefill))
+    }
+
+    /// Begins a text without generating: evaluates a prompt, for [`Session::resume`] to go on.
+    ///
+    /// # Errors
+    /// As [`Session::generate`].
+    pub fn prompt(&mut self, prompt: &str, special: bool) -> Result<Prefill> {
+        let tokens = self.encode(prompt, special);
+        self.prompt_tokens(&tokens)
+    }
+
+    /// The same with tokens, which are taken as they are.
+    ///
+    /// # Errors
+    /// As [`Session::generate`].
+    pub fn prompt_tokens(&mut self, prompt: &[Token]) -> Result<Prefill> {
+        // What evaluates the prompt with all models that are there.
+        let strategy = if self.draft.is_some() { Strategy::Mtad } else { Strategy::Sample };
+        self.configure(Settings { strategy, ..Settings::default() }, true)?;
+        let prefill = self.start(prompt)?;
+        self.fresh = true;
+        Ok(prefill)
+    }
+
+    /// Goes on where the text was left. Limits and statistics count from here. The first
+    /// generation after [`Session::prompt`] begins the numbers of the request's seed, later ones
+    /// go on with them. A text that the model had ended stays ended.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is no text; otherwise as [`Session::generate`].
+    pub fn resume(&mut self, request: &Request) -> Result<Generation<'_>> {
+        let ended = self.go_on(request)?;
+        Ok(Generation::resumed(Owner::Lent(self), request, ended))
+    }
+
+    /// [`Session::resume`] with a generation that owns the session, so that it can be kept beside
+    /// other things; [`Generation::into_session`] gives it back.
+    ///
+    /// # Errors
+    /// As [`Session::resume`], with the session.
+    pub fn into_generation(
+        mut self: Box<Self>,
+        request: &Request,
+    ) -> Result<Generation<'static>, (Box<Self>, Error)> {
+        match self.go_on(request) {
+            Ok(ended) => Ok(Generation::resumed(Owner::Own(self), request, ended)),
+            Err(error) => Err((self, error)),
         }
-        if let (Some(decoding), Some(listener)) = (&mut self.decoding, self.listener.take()) {
+    }
+
+    /// Forgets the text.
+    ///
+    /// # Errors
+    /// What the models report.
+    pub fn reset(&mut self) -> Result<()> {
+        self.ready.clear();
+        self.ahead.clear();
+        (self.spoken, self.fresh) = (0, true);
+        match self.decoding {
+            Some(_) => self.with(|decoding, models| decoding.clear(models)),
+            None => Ok(()),
+        }
+    }
+
+    /// The target's logits for the token that follows the text, unwarped. One pass.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is no text; what the target reports.
+    pub fn logits(&mut self) -> Result<Vec<f32>> {
+        self.settle()?;
+        let target = &mut *self.target;
+        let text = self.decoding.as_ref().map_or(&[][..], Decoding::text);
+        let Some((&last, before)) = text.split_last() else { return Err(no_text()) };
+        let done = target.committed();
+        extend(target, &before[done..])?;
+        let outputs = target.eval(&Batch::chain(&[last], None, Row(0), Want::Logits))?;
+        let Output::Logits(logits) = outputs.get(0) else {
+            unreachable!("a row returns what it was asked for")
+        };
+        let logits = logits.to_vec();
+        target.keep(None)?;
+        Ok(logits)
+    }
+
+    fn encode(&self, prompt: &str, special: bool) -> Vec<Token> {
+        let tokenizer = self.pair.tokenizer();
+        tokenizer.encode(prompt, EncodeOptions { bos: tokenizer.add_bos(), special })
+    }
+
+    /// Takes settings; `anew` also begins the numbers of their seed.
+    fn configure(&mut self, settings: Settings, anew: bool) -> Result<()> {
+        let decoding = match &mut self.decoding {
+            Some(decoding) => {
+                match anew {
+                    true => decoding.configure(settings)?,
+                    false => decoding.adjust(settings)?,
+                }
+                decoding
+            }
+            None => self.decoding.insert(Decoding::new(settings)?),
+        };
+        if let Some(listener) = self.listener.take() {
             decoding.timeline_mut().listen(Some(listener));
         }
-        let decoder = self.tokenizer.continuation();
-        let mut generation = Generation {
-            decoder,
-            request: request.clone(),
-            prefill: Prefill { reused: 0, evaluated: 0 },
-            prompt_tokens: prompt.len(),
-            ready: VecDeque::new(),
-            held: String::new(),
-            stopped: None,
-            failed: false,
-            session: self,
+        Ok(())
+    }
+
+    fn start(&mut self, prompt: &[Token]) -> Result<Prefill> {
+        self.settle()?;
+        let started = self.with(|decoding, models| decoding.start(models, prompt));
+        // A prompt that was refused has changed nothing.
+        if self.decoding.as_ref().is_some_and(|decoding| decoding.text() == prompt) {
+            self.ahead.clear();
+            self.spoken = prompt.len();
+        }
+        started
+    }
+
+    /// Makes ready to go on; says whether the text has ended.
+    fn go_on(&mut self, request: &Request) -> Result<bool> {
+        let Some(&last) = self.tokens().last() else { return Err(no_text()) };
+        self.configure(request.settings.clone(), self.fresh)?;
+        self.settle()?;
+        self.with(|decoding, models| decoding.resume(models))?;
+        Ok(!std::mem::replace(&mut self.fresh, false) && self.pair.tokenizer().is_end(last))
+    }
+
+    /// Takes tokens that were not handed out from the text, to be handed out later.
+    fn settle(&mut self) -> Result<()> {
+        let len = self.tokens().len();
+        let undelivered: Vec<_> = self.ready.drain(..).filter_map(Ahead::of).collect();
+        if !undelivered.is_empty() {
+            self.ahead.splice(..0, undelivered);
+            self.with(|decoding, models| decoding.truncate_text(models, len))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let undelivered = self.ready.iter().cloned().filter_map(Ahead::of);
+        Snapshot {
+            text: self.tokens().to_vec(),
+            ahead: undelivered.chain(self.ahead.iter().copied()).collect(),
+            spoken: self.spoken,
+            fresh: self.fresh,
+            rng: self.decoding.as_ref().map_or(RngState::default(), Decoding::random_state),
+        }
+    }
+
+    /// Takes all but the caches, which the models have already.
+    pub(crate) fn restore(&mut self, snapshot: Snapshot) {
+        let Snapshot { text, ahead, spoken, fresh, rng } = snapshot;
+        self.decoding = Some(Decoding::restored(text, rng));
+        (self.ahead, self.spoken, self.fresh) = (ahead, spoken, fresh);
+    }
+
+    fn with<R>(
+        &mut self,
+        f: impl FnOnce(&mut Decoding, &mut Models<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let decoding = self.decoding.as_mut().expect("who asks has made a decoding");
+        let mut models = match &mut self.draft {
+            Some(draft) => Models::pair(&mut *self.target, &mut **draft),
+            None => Models::alone(&mut *self.target),
         };
-        generation.prefill = generation.with(|decoding, models| decoding.start(models, prompt))?;
-        Ok(generation)
+        f(decoding, &mut models)
+    }
+}
+
+impl Ahead {
+    fn of(piece: Piece) -> Option<Self> {
+        let Piece { token, drafted, log_prob, .. } = piece;
+        Some(Ahead { token: token?, drafted, log_prob })
+    }
+}
+
+fn no_text() -> Error {
+    Error::invalid("there is no text to go on with; give a prompt first")
+}
+
+/// Whose session a generation runs on.
+enum Owner<'s> {
+    Lent(&'s mut Session),
+    Own(Box<Session>),
+}
+
+impl Deref for Owner<'_> {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        match self {
+            Owner::Lent(session) => session,
+            Owner::Own(session) => session,
+        }
+    }
+}
+
+impl DerefMut for Owner<'_> {
+    fn deref_mut(&mut self) -> &mut Session {
+        match self {
+            Owner::Lent(session) => session,
+            Owner::Own(session) => session,
+        }
     }
 }
 
 /// A generation under way: an iterator over its tokens.
 ///
-/// Dropping it stops it; the session stays usable.
+/// Dropping it stops it; the session stays usable, and [`Session::resume`] goes on after the last
+/// token that was handed out.
 pub struct Generation<'s> {
-    session: &'s mut Session,
+    session: Owner<'s>,
     request: Request,
     decoder: StreamDecoder,
     prefill: Prefill,
     prompt_tokens: usize,
-    /// Tokens of the last block that were not handed out yet.
-    ready: VecDeque<Piece>,
     /// Text that might be the start of a stop text.
     held: String,
     stopped: Option<StopReason>,
     failed: bool,
 }
 
-impl Generation<'_> {
-    fn with<R>(
-        &mut self,
-        f: impl FnOnce(&mut Decoding, &mut Models<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let Session { target, draft, decoding, .. } = &mut *self.session;
-        let decoding = decoding.as_mut().expect("a generation has a decoding");
-        let mut models = match draft {
-            Some(draft) => Models::pair(&mut **target, &mut **draft),
-            None => Models::alone(&mut **target),
-        };
-        f(decoding, &mut models)
+impl<'s> Generation<'s> {
+    fn new(session: Owner<'s>, request: &Request, prefill: Prefill) -> Self {
+        Generation {
+            decoder: session.pair.tokenizer().continuation(),
+            request: request.clone(),
+            prefill,
+            prompt_tokens: session.tokens().len(),
+            held: String::new(),
+            stopped: None,
+            failed: false,
+            session,
+        }
+    }
+
+    /// A generation that goes on with a text.
+    fn resumed(session: Owner<'s>, request: &Request, ended: bool) -> Self {
+        let mut generation = Self::new(session, request, Prefill { reused: 0, evaluated: 0 });
+        generation.replay();
+        if ended {
+            generation.end(StopReason::Eos);
+        }
+        generation
+    }
+
+    /// Brings the decoder to where it was after the tokens that were handed out last.
+    fn replay(&mut self) {
+        let unspoken = self.decoding().text()[self.session.spoken..].to_vec();
+        for token in unspoken {
+            if !self.session.pair.tokenizer().is_end(token) {
+                self.held.push_str(&self.decoder.push(token));
+            }
+            match self.request.stop.iter().any(|stop| self.held.contains(stop)) {
+                true => self.held.clear(),
+                false => drop(self.release()),
+            }
+        }
+    }
+
+    /// The session, for a generation that owns it; `None` if it was lent.
+    pub fn into_session(self) -> Option<Box<Session>> {
+        match self.session {
+            Owner::Own(session) => Some(session),
+            Owner::Lent(_) => None,
+        }
     }
 
     fn decoding(&self) -> &Decoding {
@@ -190,7 +459,7 @@ impl Generation<'_> {
 
     /// Why it ended; `None` while it goes on.
     pub fn stop_reason(&self) -> Option<StopReason> {
-        self.stopped.filter(|_| self.ready.is_empty())
+        self.stopped.filter(|_| self.session.ready.is_empty())
     }
 
     /// Tokens of the prompt.
@@ -245,7 +514,7 @@ impl Generation<'_> {
         let tokens = self.tokens().len();
         let pass = match &self.settings().costs {
             Some(costs) => Some(costs.target(1)),
-            None => self.with(|decoding, models| decoding.plain_seconds(models))?,
+            None => self.session.with(|decoding, models| decoding.plain_seconds(models))?,
         };
         Ok(pass.filter(|_| tokens > 0).map(|seconds| seconds * tokens as f64))
     }
@@ -271,23 +540,44 @@ impl Generation<'_> {
             self.end(StopReason::MaxTokens);
             return Ok(());
         }
-        let block = self.with(|decoding, models| Ok(decoding.next_block(models)?.cloned()))?;
+        if !self.session.ahead.is_empty() {
+            let ahead = std::mem::take(&mut self.session.ahead);
+            return self.catch_up(&ahead);
+        }
+        let block =
+            self.session.with(|decoding, models| Ok(decoding.next_block(models)?.cloned()))?;
         let Some(block) = block else {
             self.end(StopReason::Context);
             return Ok(());
         };
+        let tokens = block.tokens.iter().enumerate().map(|(i, &token)| Ahead {
+            token,
+            drafted: block.is_drafted(i),
+            log_prob: block.scores.get(i).copied(),
+        });
+        let tokens: Vec<_> = tokens.collect();
+        self.hand_out(before, &tokens)
+    }
+
+    /// Hands out tokens that were decided before the text was left.
+    fn catch_up(&mut self, ahead: &[Ahead]) -> Result<()> {
+        let tokens: Vec<_> = ahead.iter().map(|ahead| ahead.token).collect();
+        let scores: Option<Vec<f64>> = ahead.iter().map(|ahead| ahead.log_prob).collect();
+        let scores = scores.filter(|_| self.request.settings.score).unwrap_or_default();
+        let decoding = self.session.decoding.as_mut().expect("a generation has a decoding");
+        decoding.extend_text(&tokens, &scores);
+        self.hand_out(0, ahead)
+    }
+
+    /// Makes pieces of tokens at the end of the text, up to a stop; `before` tokens were generated
+    /// before them.
+    fn hand_out(&mut self, before: usize, tokens: &[Ahead]) -> Result<()> {
         let mut used = 0;
-        for (i, &token) in block.tokens.iter().enumerate() {
-            let log_prob = block.scores.get(i).copied();
-            let mut piece = Piece {
-                text: String::new(),
-                token: Some(token),
-                drafted: block.is_drafted(i),
-                log_prob,
-            };
+        for &Ahead { token, drafted, log_prob } in tokens {
+            let mut piece = Piece { text: String::new(), token: Some(token), drafted, log_prob };
             used += 1;
-            if self.session.tokenizer.is_end(token) {
-                self.ready.push_back(piece);
+            if self.session.pair.tokenizer().is_end(token) {
+                self.session.ready.push_back(piece);
                 self.end(StopReason::Eos);
                 break;
             }
@@ -297,24 +587,33 @@ impl Generation<'_> {
             if let Some(at) = found {
                 self.held.truncate(at);
                 piece.text = std::mem::take(&mut self.held);
-                self.ready.push_back(piece);
+                self.session.ready.push_back(piece);
                 // What the decoder still holds comes after the stop text.
                 self.stopped = Some(StopReason::Stop);
                 break;
             }
-            let safe = self.held.len() - self.undecided();
-            piece.text = self.held.drain(..safe).collect();
-            self.ready.push_back(piece);
+            piece.text = self.release();
+            self.session.ready.push_back(piece);
             if self.request.max_tokens.is_some_and(|most| before + used >= most) {
                 self.end(StopReason::MaxTokens);
                 break;
             }
         }
-        if used < block.tokens.len() {
-            let text = self.decoding().text().len() - (block.tokens.len() - used);
-            self.with(|decoding, models| decoding.truncate_text(models, text))?;
+        if used < tokens.len() {
+            let text = self.decoding().text().len() - (tokens.len() - used);
+            self.session.with(|decoding, models| decoding.truncate_text(models, text))?;
+            // What comes after the end of a text is not part of it.
+            if self.stopped == Some(StopReason::MaxTokens) {
+                self.session.ahead = tokens[used..].to_vec();
+            }
         }
         Ok(())
+    }
+
+    /// The held text that cannot be part of a stop text any more.
+    fn release(&mut self) -> String {
+        let safe = self.held.len() - self.undecided();
+        self.held.drain(..safe).collect()
     }
 
     /// Bytes at the end of `held` that might be the start of a stop text.
@@ -333,7 +632,8 @@ impl Generation<'_> {
         self.stopped = Some(reason);
         let rest = std::mem::take(&mut self.held) + &self.decoder.finish();
         if !rest.is_empty() {
-            self.ready.push_back(Piece { text: rest, token: None, drafted: false, log_prob: None });
+            let piece = Piece { text: rest, token: None, drafted: false, log_prob: None };
+            self.session.ready.push_back(piece);
         }
     }
 }
@@ -342,7 +642,7 @@ impl Iterator for Generation<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Result<Piece>> {
-        while self.ready.is_empty() {
+        while self.session.ready.is_empty() {
             if self.stopped.is_some() || self.failed {
                 return None;
             }
@@ -351,7 +651,11 @@ impl Iterator for Generation<'_> {
                 return Some(Err(error));
             }
         }
-        self.ready.pop_front().map(Ok)
+        let piece = self.session.ready.pop_front();
+        if self.stopped.is_some() && self.session.ready.is_empty() {
+            self.session.spoken = self.decoding().text().len();
+        }
+        piece.map(Ok)
     }
 }
 

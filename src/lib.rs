@@ -56,6 +56,7 @@ pub mod model;
 pub mod pair;
 pub mod quant;
 pub mod sampling;
+mod saved;
 pub mod tokenizer;
 
 pub use decode::{Settings, Strategy};

@@ -9,7 +9,9 @@
 
 pub mod cpu;
 
-use crate::error::Result;
+use std::ops::Range;
+
+use crate::error::{Error, Result};
 use crate::gguf::SharedTensor;
 
 /// The rows of one pass, and what each may attend to.
@@ -76,6 +78,40 @@ pub struct CacheShape {
     pub cache_type: CacheType,
 }
 
+impl CacheType {
+    /// Both types with the names that users know them by.
+    pub const ALL: [(CacheType, &'static str); 2] =
+        [(CacheType::F16, "f16"), (CacheType::F32, "f32")];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheType::F16 => "f16",
+            CacheType::F32 => "f32",
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            CacheType::F16 => 2,
+            CacheType::F32 => 4,
+        }
+    }
+}
+
+impl CacheShape {
+    /// Elements of a row's keys, or of its values, in one layer.
+    pub fn width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Bytes of a row as [`Backend::save_rows`] writes it: keys and values of all layers.
+    pub fn row_bytes(&self) -> usize {
+        2 * self.layers * self.width() * self.cache_type.bytes()
+    }
+}
+
 /// A device that holds weights and evaluates passes.
 pub trait Backend: Send + Sync + 'static {
     /// A matrix of weights in the backend's own form, with its bias if it has one.
@@ -123,6 +159,40 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// What the device reports.
     fn move_rows(&self, cache: &mut Self::Cache, moves: &[(usize, usize)]) -> Result<()>;
+
+    /// Appends cache rows to `out` in an order that is the same on every device: layer by layer the
+    /// keys of all `slots`, then their values; of each slot head by head, element by element, as
+    /// the cache stores them, little-endian. Keys are rotated already.
+    ///
+    /// # Errors
+    /// What the device reports; [`Error::Unsupported`] if it cannot do it.
+    fn save_rows(
+        &self,
+        _cache: &Self::Cache,
+        _slots: Range<usize>,
+        _out: &mut Vec<u8>,
+    ) -> Result<()> {
+        Err(Error::unsupported(
+            self.describe(),
+            "sessions cannot be saved or cloned on this device",
+        ))
+    }
+
+    /// Writes rows that [`Backend::save_rows`] saved, perhaps on another device, to `slots`.
+    ///
+    /// # Errors
+    /// As [`Backend::save_rows`].
+    ///
+    /// # Panics
+    /// If the bytes are not [`CacheShape::row_bytes`] for each slot.
+    fn load_rows(
+        &self,
+        _cache: &mut Self::Cache,
+        _slots: Range<usize>,
+        _bytes: &[u8],
+    ) -> Result<()> {
+        Err(Error::unsupported(self.describe(), "sessions cannot be restored on this device"))
+    }
 
     /// Runs `record` as one pass over `rows`. `macs` is roughly how many multiplications a row
     /// costs; it decides how many threads are worth waking.

@@ -7,7 +7,7 @@ use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phas
 use super::{Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result};
 use crate::model::lm::{Lm, Token, extend};
-use crate::sampling::Rng;
+use crate::sampling::{Rng, RngState};
 
 /// A text that grows by blocks.
 ///
@@ -68,10 +68,36 @@ impl Decoding {
     /// # Errors
     /// [`Error::Invalid`] for settings outside their ranges; nothing has changed then.
     pub fn configure(&mut self, settings: Settings) -> Result<()> {
-        self.settings = checked(settings)?;
-        self.algorithm = self.settings.strategy.algorithm();
+        self.adjust(settings)?;
         self.rng = Rng::new(self.settings.seed);
         Ok(())
+    }
+
+    /// Changes the settings, but the generator goes on: their seed is not used.
+    ///
+    /// # Errors
+    /// As [`Decoding::configure`].
+    pub fn adjust(&mut self, settings: Settings) -> Result<()> {
+        self.settings = checked(settings)?;
+        self.algorithm = self.settings.strategy.algorithm();
+        Ok(())
+    }
+
+    /// A decoding whose text and generator come from elsewhere, with default settings: for models
+    /// whose lines are prefixes of the text and shorter than it.
+    pub fn restored(text: Vec<Token>, rng: RngState) -> Self {
+        let settings = Settings { strategy: Strategy::Sample, ..Settings::default() };
+        let mut decoding =
+            Decoding::new(settings).expect("default settings are within their ranges");
+        decoding.prompt_len = text.len();
+        decoding.text = text;
+        decoding.rng = Rng::at(rng);
+        decoding
+    }
+
+    /// Where the generator is.
+    pub fn random_state(&self) -> RngState {
+        self.rng.state()
     }
 
     /// The settings. Those of `greedy` have temperature 0, whatever was asked for.
@@ -158,14 +184,57 @@ impl Decoding {
         }
         self.timeline.stop();
         filled?;
+        self.measure_costs(models, prompt[last])?;
+        Ok(Prefill { reused, evaluated: last - reused })
+    }
+
+    /// Goes on with the text as if all of it were the prompt: what comes is counted, timed and
+    /// scored anew. The generator goes on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is no text or the draft is missing; what the models report.
+    pub fn resume(&mut self, models: &mut Models<'_>) -> Result<()> {
+        if self.settings.strategy.needs_draft() {
+            draft_of(models, self.settings.strategy)?;
+        }
+        let Some(&last) = self.text.last() else { return Err(no_text()) };
+        self.timeline.reset();
+        self.prompt_len = self.text.len();
+        self.scores.clear();
+        self.statistics = Statistics::default();
+        self.measure_costs(models, last)
+    }
+
+    /// Adds tokens to the text that were decided before; the models catch up in the next round.
+    pub fn extend_text(&mut self, tokens: &[Token], scores: &[f64]) {
+        self.text.extend_from_slice(tokens);
+        self.scores.extend_from_slice(scores);
+        self.statistics.emitted += tokens.len() as u64;
+    }
+
+    /// Forgets the text, in the models too.
+    ///
+    /// # Errors
+    /// What the models report.
+    pub fn clear(&mut self, models: &mut Models<'_>) -> Result<()> {
+        shorten(models, 0)?;
+        self.text.clear();
+        self.prompt_len = 0;
+        self.scores.clear();
+        self.statistics = Statistics::default();
+        Ok(())
+    }
+
+    /// Measures what the controller decides by, if it has nothing yet.
+    fn measure_costs(&mut self, models: &mut Models<'_>, token: Token) -> Result<()> {
         if self.settings.strategy == Strategy::Auto && self.settings.costs.is_none() {
             if self.costs.is_none() {
-                let table = CostTable::measure(models, prompt[last], &self.settings.warp)?;
+                let table = CostTable::measure(models, token, &self.settings.warp)?;
                 self.costs = Some(Arc::new(table));
             }
             self.settings.costs.clone_from(&self.costs);
         }
-        Ok(Prefill { reused, evaluated: last - reused })
+        Ok(())
     }
 
     /// Seconds that a plain pass of the target takes at the end of the text, with making
@@ -190,7 +259,7 @@ impl Decoding {
     pub fn next_block(&mut self, models: &mut Models<'_>) -> Result<Option<&Block>> {
         let len = self.text.len();
         if len == 0 {
-            return Err(Error::invalid("there is no text to go on with; start with a prompt"));
+            return Err(no_text());
         }
         // The pending token is evaluated in any case, at position len - 1.
         let Some(room) = models.target.capacity().checked_sub(len) else {
@@ -274,6 +343,10 @@ fn checked(mut settings: Settings) -> Result<Settings> {
         settings.warp.temperature = 0.0;
     }
     Ok(settings)
+}
+
+fn no_text() -> Error {
+    Error::invalid("there is no text to go on with; start with a prompt")
 }
 
 /// Cuts the models' lines to at most `len` rows and empties their trees.

@@ -18,6 +18,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use xxhash_rust::xxh3::Xxh3;
+
 use crate::error::{Error, Result};
 use crate::quant::BlockType;
 
@@ -285,6 +287,38 @@ impl Gguf {
             block_type: info.block_type,
             bytes: &bytes[info.data.clone()],
         }
+    }
+
+    /// A hash (XXH3, 128 bits) of what makes a model this model: its architecture's metadata and
+    /// its vocabulary, and names, types, dimensions and *all* bytes of its tensors. Names of the
+    /// file and of the model, licences and the like are not part of it.
+    ///
+    /// It reads the file once, about as fast as memory can be read.
+    pub fn digest(&self) -> u128 {
+        let mut hash = Xxh3::new();
+        let mut put = |bytes: &[u8]| {
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        let bytes = self.bytes.as_slice();
+        let architecture = self.get_str("general.architecture").ok().flatten().unwrap_or_default();
+        let matters = |key: &str| {
+            let part = key.split('.').next().unwrap_or_default();
+            key == "general.architecture" || part == architecture || part == "tokenizer"
+        };
+        for entry in self.metadata.iter().filter(|entry| matters(entry.key(bytes))) {
+            put(entry.key(bytes).as_bytes());
+            put(entry.bytes(bytes));
+        }
+        for (info, tensor) in self.tensors.iter().zip(self.tensors()) {
+            put(tensor.name.as_bytes());
+            put(tensor.block_type.to_string().as_bytes());
+            info.dims.iter().for_each(|dim| put(&dim.to_le_bytes()));
+            put(tensor.bytes);
+            // A backend has its own form of most of it.
+            self.release(&tensor);
+        }
+        hash.digest128()
     }
 
     /// Tells the system that a tensor's mapped pages are not needed soon, so that a weight that a

@@ -42,6 +42,11 @@ impl Entry {
         std::str::from_utf8(&file[self.key.clone()]).unwrap_or_default()
     }
 
+    /// The value as the file stores it.
+    pub fn bytes<'a>(&self, file: &'a [u8]) -> &'a [u8] {
+        &file[self.value.clone()]
+    }
+
     pub fn value<'a>(&self, file: &'a [u8]) -> Value<'a> {
         Value::read(self.kind, &file[self.value.clone()])
     }

@@ -8,8 +8,9 @@
 //! and prompt reuse are all these two calls, and no cache is ever copied.
 
 use std::cmp::Ordering;
+use std::ops::Range;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A token's number in the vocabulary.
 pub type Token = u32;
@@ -314,6 +315,31 @@ pub trait Lm: Send {
     /// # Errors
     /// [`crate::Error::Invalid`] if the line is shorter.
     fn truncate(&mut self, len: usize) -> Result<()>;
+
+    /// Bytes of a committed row as [`Lm::save_rows`] writes it.
+    fn row_bytes(&self) -> usize {
+        0
+    }
+
+    /// Appends what the cache holds of rows of the line to `out`, in a form that is the same on
+    /// every device.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the line has no such rows; [`Error::Unsupported`] if this model
+    /// cannot do it; what the device reports.
+    fn save_rows(&self, _rows: Range<usize>, _out: &mut Vec<u8>) -> Result<()> {
+        Err(Error::unsupported("session", "this model's rows cannot be saved"))
+    }
+
+    /// Adds `count` rows to the line from what [`Lm::save_rows`] wrote, perhaps in another
+    /// process, and forgets the tree.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the bytes are not [`Lm::row_bytes`] for each row;
+    /// [`Error::ContextFull`]; otherwise as [`Lm::save_rows`].
+    fn load_rows(&mut self, _count: usize, _bytes: &[u8]) -> Result<()> {
+        Err(Error::unsupported("session", "this model's rows cannot be restored"))
+    }
 }
 
 /// Evaluates `tokens` after the line and commits them, in pieces that fit the tree.

@@ -9,7 +9,7 @@ pub mod table;
 pub mod tree;
 pub mod weights;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::backend::CacheType;
 use crate::backend::cpu::Cpu;
@@ -50,6 +50,7 @@ pub struct Model {
     sessions: Arc<dyn Sessions>,
     file: Arc<Gguf>,
     device: Device,
+    digest: Arc<OnceLock<u128>>,
 }
 
 /// What a loaded model does, whatever its architecture and backend.
@@ -98,7 +99,7 @@ impl Model {
                 Arc::new(Loaded { backend: backend.clone(), model: Arc::new(model) })
             }
         };
-        Ok(Model { sessions, file, device: device.clone() })
+        Ok(Model { sessions, file, device: device.clone(), digest: Arc::default() })
     }
 
     /// A new session with an empty cache.
@@ -109,6 +110,11 @@ impl Model {
     /// The file that it came from.
     pub fn file(&self) -> &Arc<Gguf> {
         &self.file
+    }
+
+    /// The hash of what it is, see [`Gguf::digest`]: computed when it is first asked for.
+    pub fn digest(&self) -> u128 {
+        *self.digest.get_or_init(|| self.file.digest())
     }
 
     /// Where it runs.

@@ -1,11 +1,12 @@
 //! A session: one user's cache over shared weights, as an [`Lm`].
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::lm::{Batch, Lm, Outputs, Row, Want};
 use super::tree::Tree;
 use crate::backend::{Backend, CacheShape, Rows};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What an architecture says of itself.
 #[derive(Debug, Clone)]
@@ -53,6 +54,7 @@ pub struct Session<B: Backend, A: Architecture<B>> {
     backend: Arc<B>,
     model: Arc<A>,
     cache: B::Cache,
+    cache_shape: CacheShape,
     activations: A::Activations,
     tree: Tree,
     capacity: usize,
@@ -66,14 +68,15 @@ pub struct Session<B: Backend, A: Architecture<B>> {
 }
 
 impl<B: Backend, A: Architecture<B>> Session<B, A> {
-    /// A session of at most `capacity` rows, whose cache is stored as `cache` says.
-    pub fn new(backend: Arc<B>, model: Arc<A>, capacity: usize, cache: CacheShape) -> Self {
-        let cache = backend.cache(cache);
+    /// A session of at most `capacity` rows, whose cache is stored as `cache_shape` says.
+    pub fn new(backend: Arc<B>, model: Arc<A>, capacity: usize, cache_shape: CacheShape) -> Self {
+        let cache = backend.cache(cache_shape);
         let activations = model.activations(&backend);
         Session {
             backend,
             model,
             cache,
+            cache_shape,
             activations,
             tree: Tree::default(),
             capacity,
@@ -174,5 +177,33 @@ impl<B: Backend, A: Architecture<B>> Lm for Session<B, A> {
 
     fn truncate(&mut self, len: usize) -> Result<()> {
         self.tree.truncate(len)
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.cache_shape.row_bytes()
+    }
+
+    fn save_rows(&self, rows: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
+        if rows.start > rows.end || rows.end > self.tree.line() {
+            return Err(Error::invalid(format!(
+                "rows {rows:?} cannot be saved: the line has {}",
+                self.tree.line()
+            )));
+        }
+        self.backend.save_rows(&self.cache, rows, out)
+    }
+
+    fn load_rows(&mut self, count: usize, bytes: &[u8]) -> Result<()> {
+        if count.checked_mul(self.row_bytes()) != Some(bytes.len()) {
+            return Err(Error::invalid(format!(
+                "{count} rows of {} bytes wanted, not {} bytes",
+                self.row_bytes(),
+                bytes.len()
+            )));
+        }
+        let line = self.tree.line();
+        self.tree.grow(count, self.capacity)?;
+        let loaded = self.backend.load_rows(&mut self.cache, line..line + count, bytes);
+        loaded.or_else(|error| self.tree.truncate(line).and(Err(error)))
     }
 }

@@ -109,6 +109,20 @@ impl Tree {
         Ok(rows)
     }
 
+    /// Empties the tree and adds `count` rows to the line, which were evaluated elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] if the line would be longer than `capacity`.
+    pub fn grow(&mut self, count: usize, capacity: usize) -> Result<()> {
+        let wanted = self.line.saturating_add(count);
+        if wanted > capacity {
+            return Err(Error::ContextFull { wanted, capacity });
+        }
+        self.line = wanted;
+        self.paths.clear();
+        Ok(())
+    }
+
     /// Empties the tree and shortens the line.
     ///
     /// # Errors

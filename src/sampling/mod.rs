@@ -11,7 +11,7 @@ mod warp;
 
 pub(crate) use distribution::pick;
 pub use distribution::{Distribution, Removed};
-pub use rng::Rng;
+pub use rng::{Rng, RngState};
 pub use warp::{Path, Warp};
 
 use crate::model::lm::{Output, Token, log_sum_exp};

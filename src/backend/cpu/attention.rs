@@ -9,6 +9,9 @@
 //! whatever slots hold them, and sums run in order of position; so a row's result does not depend
 //! on whether its ancestors were committed yet, nor on its neighbours in the batch.
 
+use std::array::TryFromSliceError;
+use std::ops::Range;
+
 use super::simd::{Simd, exp, max_lanes, sum_lanes};
 use crate::backend::{CacheShape, CacheType, RotaryPairs, Rows};
 
@@ -20,6 +23,10 @@ const TILE: usize = 32;
 
 /// How an element of the cache is stored.
 pub(super) trait Element: Copy + Default + Send + Sync {
+    /// Its bytes, little-endian.
+    type Bytes: AsRef<[u8]> + for<'a> TryFrom<&'a [u8], Error = TryFromSliceError>;
+    fn to_bytes(self) -> Self::Bytes;
+    fn from_bytes(bytes: Self::Bytes) -> Self;
     fn from_f32(x: f32) -> Self;
     fn to_f32(self) -> f32;
     /// # Safety
@@ -33,6 +40,13 @@ pub(super) trait Element: Copy + Default + Send + Sync {
 pub(super) struct Half(u16);
 
 impl Element for Half {
+    type Bytes = [u8; 2];
+    fn to_bytes(self) -> [u8; 2] {
+        self.0.to_le_bytes()
+    }
+    fn from_bytes(bytes: [u8; 2]) -> Self {
+        Half(u16::from_le_bytes(bytes))
+    }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         Half(half::f16::from_f32(x).to_bits())
@@ -49,6 +63,13 @@ impl Element for Half {
 }
 
 impl Element for f32 {
+    type Bytes = [u8; 4];
+    fn to_bytes(self) -> [u8; 4] {
+        self.to_le_bytes()
+    }
+    fn from_bytes(bytes: [u8; 4]) -> Self {
+        f32::from_le_bytes(bytes)
+    }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         x
@@ -126,6 +147,21 @@ impl Geometry {
         self.keys(slot, head) + d * CHUNK + slot % CHUNK
     }
 
+    /// Visits the elements of a layer's keys, slot by slot, and then those of its values.
+    fn each(&self, slots: Range<usize>, mut visit: impl FnMut(usize)) {
+        for slot in slots.clone() {
+            for head in 0..self.kv_heads {
+                (0..self.head_dim).for_each(|d| visit(self.key(slot, head, d)));
+            }
+        }
+        for slot in slots {
+            for head in 0..self.kv_heads {
+                let at = self.value(slot, head);
+                (at..at + self.head_dim).for_each(&mut visit);
+            }
+        }
+    }
+
     /// The first element of the value in `slot`.
     fn value(&self, slot: usize, head: usize) -> usize {
         self.keys(slot, head) + CHUNK * self.head_dim + slot % CHUNK * self.padded
@@ -172,6 +208,47 @@ impl Cache {
         match &mut self.layers {
             Layers::F16(layers) => layers.iter_mut().for_each(|layer| apply(g, layer, moves)),
             Layers::F32(layers) => layers.iter_mut().for_each(|layer| apply(g, layer, moves)),
+        }
+    }
+}
+
+impl Cache {
+    /// Appends rows to `out`, as [`crate::backend::Backend::save_rows`] orders them.
+    pub(super) fn save_rows(&self, slots: Range<usize>, out: &mut Vec<u8>) {
+        fn save<E: Element>(g: Geometry, layer: &[E], slots: Range<usize>, out: &mut Vec<u8>) {
+            g.each(slots, |at| out.extend_from_slice(layer[at].to_bytes().as_ref()));
+        }
+        let g = Geometry::new(&self.shape);
+        out.reserve(slots.len() * self.shape.row_bytes());
+        match &self.layers {
+            Layers::F16(layers) => layers.iter().for_each(|l| save(g, l, slots.clone(), out)),
+            Layers::F32(layers) => layers.iter().for_each(|l| save(g, l, slots.clone(), out)),
+        }
+    }
+
+    /// Writes rows that were saved.
+    pub(super) fn load_rows(&mut self, slots: Range<usize>, bytes: &[u8]) {
+        fn load<E: Element>(g: Geometry, layer: &mut [E], slots: Range<usize>, bytes: &[u8]) {
+            let mut elements = bytes.chunks_exact(size_of::<E>());
+            g.each(slots, |at| {
+                let bytes = elements.next().and_then(|bytes| bytes.try_into().ok());
+                layer[at] = E::from_bytes(bytes.expect("the layer's bytes were counted"));
+            });
+        }
+        assert_eq!(bytes.len(), slots.len() * self.shape.row_bytes());
+        if slots.is_empty() {
+            return;
+        }
+        (0..self.shape.layers).for_each(|layer| self.reserve(layer, slots.end));
+        let g = Geometry::new(&self.shape);
+        let parts = bytes.chunks_exact(bytes.len() / self.shape.layers);
+        match &mut self.layers {
+            Layers::F16(layers) => {
+                layers.iter_mut().zip(parts).for_each(|(l, part)| load(g, l, slots.clone(), part));
+            }
+            Layers::F32(layers) => {
+                layers.iter_mut().zip(parts).for_each(|(l, part)| load(g, l, slots.clone(), part));
+            }
         }
     }
 }

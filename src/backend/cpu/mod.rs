@@ -206,6 +206,16 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn save_rows(&self, cache: &Cache, slots: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
+        cache.save_rows(slots, out);
+        Ok(())
+    }
+
+    fn load_rows(&self, cache: &mut Cache, slots: Range<usize>, bytes: &[u8]) -> Result<()> {
+        cache.load_rows(slots, bytes);
+        Ok(())
+    }
+
     fn pass<R>(
         &self,
         rows: &Rows<'_>,

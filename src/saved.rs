@@ -1,0 +1,456 @@
+//! Sessions in files: saved, restored, cloned.
+//!
+//! All numbers are little-endian. A file holds, one after the other:
+//!
+//! | part | bytes |
+//! |---|---|
+//! | `MTADSESS`, version (u32), bytes of a cache element (u32) | 16 |
+//! | hash of the target, hash of the draft or 0, see [`crate::gguf::Gguf::digest`] | 32 |
+//! | flags (1: the seed's numbers begin with the next generation, 2: there is a draft) | 8 |
+//! | the generator: seed, numbers drawn | 16 |
+//! | tokens of the text, how many of them were spoken, tokens decided beyond them | 24 |
+//! | rows and bytes of a row, of the target and of the draft | 32 |
+//! | XXH3 of the above | 8 |
+//! | the text's tokens (u32); those beyond it (u32, flags u32, ln p f64) | 4 or 16 each |
+//! | cache rows of the target, then of the draft, in pieces of at most 128 as [`Lm::save_rows`] writes them | |
+//! | XXH3 of all of the above | 8 |
+//!
+//! Nothing is taken from a file whose length is not what its header says, and a session that was
+//! restored from a file whose checksum is wrong is thrown away.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::path::Path;
+
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use crate::error::{Error, Result};
+use crate::generation::{Ahead, Session, Snapshot};
+use crate::model::lm::{Lm, MAX_TREE};
+use crate::model::{Model, SessionOptions};
+use crate::pair::Pair;
+use crate::sampling::RngState;
+
+const MAGIC: &[u8; 8] = b"MTADSESS";
+const VERSION: u32 = 1;
+/// Bytes of the header, its checksum included.
+const HEADER: usize = 136;
+const FRESH: u64 = 1;
+const DRAFT: u64 = 2;
+const DRAFTED: u32 = 1;
+const SCORED: u32 = 2;
+
+/// What a file's header says.
+#[derive(Debug, Clone, PartialEq)]
+struct Header {
+    element_bytes: u32,
+    target: u128,
+    draft: u128,
+    flags: u64,
+    rng: RngState,
+    text: u64,
+    spoken: u64,
+    ahead: u64,
+    rows: [u64; 2],
+    row_bytes: [u64; 2],
+}
+
+impl Header {
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        out.extend(VERSION.to_le_bytes());
+        out.extend(self.element_bytes.to_le_bytes());
+        out.extend(self.target.to_le_bytes());
+        out.extend(self.draft.to_le_bytes());
+        let numbers = [
+            self.flags,
+            self.rng.seed,
+            self.rng.draws,
+            self.text,
+            self.spoken,
+            self.ahead,
+            self.rows[0],
+            self.row_bytes[0],
+            self.rows[1],
+            self.row_bytes[1],
+        ];
+        out.extend(numbers.iter().flat_map(|n| n.to_le_bytes()));
+        out.extend(xxh3_64(&out).to_le_bytes());
+        out
+    }
+
+    /// Of bytes whose checksum was seen to be right.
+    fn from_bytes(bytes: &[u8; HEADER]) -> Self {
+        let mut fields = Fields(&bytes[12..]);
+        let element_bytes = fields.u32();
+        let (target, draft) = (fields.u128(), fields.u128());
+        let flags = fields.u64();
+        let rng = RngState { seed: fields.u64(), draws: fields.u64() };
+        let (text, spoken, ahead) = (fields.u64(), fields.u64(), fields.u64());
+        let (target_rows, target_bytes) = (fields.u64(), fields.u64());
+        let (draft_rows, draft_bytes) = (fields.u64(), fields.u64());
+        Header {
+            element_bytes,
+            target,
+            draft,
+            flags,
+            rng,
+            text,
+            spoken,
+            ahead,
+            rows: [target_rows, draft_rows],
+            row_bytes: [target_bytes, draft_bytes],
+        }
+    }
+
+    /// The length of the whole file; `None` if no file is that long.
+    fn file_len(&self) -> Option<u64> {
+        let mut len = (HEADER + 8) as u64;
+        len = len.checked_add(self.text.checked_mul(4)?)?;
+        len = len.checked_add(self.ahead.checked_mul(16)?)?;
+        for (rows, bytes) in self.rows.iter().zip(self.row_bytes) {
+            len = len.checked_add(rows.checked_mul(bytes)?)?;
+        }
+        Some(len)
+    }
+}
+
+/// Little-endian numbers, one after the other, of bytes that are long enough.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let (head, rest) = self.0.split_first_chunk().expect("the bytes were counted");
+        self.0 = rest;
+        *head
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+
+    fn u128(&mut self) -> u128 {
+        u128::from_le_bytes(self.take())
+    }
+}
+
+/// A file with the checksum of what went through so far.
+struct Checked<F> {
+    file: F,
+    name: String,
+    sum: Xxh3,
+}
+
+impl<F> Checked<F> {
+    fn new(file: F, path: &Path) -> Self {
+        Checked { file, name: path.display().to_string(), sum: Xxh3::new() }
+    }
+
+    fn io(&self, source: io::Error) -> Error {
+        Error::io(&self.name, source)
+    }
+}
+
+impl<F: Write> Checked<F> {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.sum.update(bytes);
+        self.file.write_all(bytes).map_err(|e| Error::io(&self.name, e))
+    }
+}
+
+impl<F: Read> Checked<F> {
+    fn get(&mut self, bytes: &mut [u8]) -> Result<()> {
+        self.file.read_exact(bytes).map_err(|e| Error::io(&self.name, e))?;
+        self.sum.update(bytes);
+        Ok(())
+    }
+
+    /// `len` bytes, of which the file is known to have so many.
+    fn take(&mut self, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.get(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// The rows of a line in pieces.
+fn pieces(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..rows).step_by(MAX_TREE).map(move |start| start..rows.min(start + MAX_TREE))
+}
+
+/// Committed rows of a model that are rows of the text and leave its last token pending.
+fn rows_of(lm: &dyn Lm, text: usize) -> usize {
+    lm.committed().min(text.saturating_sub(1))
+}
+
+impl Session {
+    /// Writes the session to a file, from which [`Pair::load_session`] makes one that goes on with
+    /// the same text, in this or another process: the text as far as it was handed out, the caches
+    /// of both models, where the random numbers are, and tokens that were decided beyond the text.
+    /// Settings are not part of it.
+    ///
+    /// The file appears under its name when it is complete. The first time, the models' files are
+    /// read once more, to be hashed.
+    ///
+    /// # Errors
+    /// The file cannot be written; what the device reports.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let name = path.display().to_string();
+        let Some(file_name) = path.file_name() else {
+            return Err(Error::invalid(format!("{name:?} names no file to save a session to")));
+        };
+        let mut part = file_name.to_owned();
+        part.push(format!(".{}.part", std::process::id()));
+        let part = path.with_file_name(part);
+        let file = File::create_new(&part).map_err(|e| Error::io(part.display().to_string(), e))?;
+        let written = self
+            .write(Checked::new(BufWriter::new(file), &part))
+            .and_then(|()| fs::rename(&part, path).map_err(|e| Error::io(&name, e)));
+        if written.is_err() {
+            // What is there is of no use, and the first error says more.
+            let _ = fs::remove_file(&part);
+        }
+        written
+    }
+
+    fn write(&self, mut out: Checked<BufWriter<File>>) -> Result<()> {
+        let snapshot = self.snapshot();
+        let text = snapshot.text.len();
+        let models = [Some(&self.target), self.draft.as_ref()];
+        let count = |count: &dyn Fn(&dyn Lm) -> usize| {
+            models.map(|lm| lm.map_or(0, |lm| count(&**lm) as u64))
+        };
+        let flags = [(snapshot.fresh, FRESH), (self.draft.is_some(), DRAFT)];
+        let header = Header {
+            element_bytes: self.options.cache_type.bytes() as u32,
+            target: self.pair.target().digest(),
+            draft: self.pair.draft().map_or(0, Model::digest),
+            flags: flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum(),
+            rng: snapshot.rng,
+            text: text as u64,
+            spoken: snapshot.spoken as u64,
+            ahead: snapshot.ahead.len() as u64,
+            rows: count(&|lm| rows_of(lm, text)),
+            row_bytes: count(&|lm| lm.row_bytes()),
+        };
+        out.put(&header.to_bytes())?;
+        for token in &snapshot.text {
+            out.put(&token.to_le_bytes())?;
+        }
+        for ahead in &snapshot.ahead {
+            let flags = [(ahead.drafted, DRAFTED), (ahead.log_prob.is_some(), SCORED)];
+            let flags: u32 = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
+            out.put(&ahead.token.to_le_bytes())?;
+            out.put(&flags.to_le_bytes())?;
+            out.put(&ahead.log_prob.unwrap_or(0.0).to_le_bytes())?;
+        }
+        let mut bytes = Vec::new();
+        for lm in models.into_iter().flatten() {
+            for rows in pieces(rows_of(&**lm, text)) {
+                bytes.clear();
+                lm.save_rows(rows, &mut bytes)?;
+                out.put(&bytes)?;
+            }
+        }
+        let sum = out.sum.digest();
+        out.put(&sum.to_le_bytes())?;
+        out.file.flush().and_then(|()| out.file.get_ref().sync_all()).map_err(|e| out.io(e))
+    }
+
+    /// A session of its own with the same text, caches and random numbers.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn try_clone(&self) -> Result<Session> {
+        let mut twin = Session::new(&self.pair, &self.options);
+        let snapshot = self.snapshot();
+        let text = snapshot.text.len();
+        copy_rows(&*self.target, &mut *twin.target, text)?;
+        if let (Some(from), Some(to)) = (&self.draft, &mut twin.draft) {
+            copy_rows(&**from, &mut **to, text)?;
+        }
+        twin.restore(snapshot);
+        Ok(twin)
+    }
+}
+
+fn copy_rows(from: &dyn Lm, to: &mut dyn Lm, text: usize) -> Result<()> {
+    let mut bytes = Vec::new();
+    pieces(rows_of(from, text)).try_for_each(|rows| {
+        bytes.clear();
+        from.save_rows(rows.clone(), &mut bytes)?;
+        to.load_rows(rows.len(), &bytes)
+    })
+}
+
+impl Pair {
+    /// A session from a file that [`Session::save`] wrote, of the same models. A pair without a
+    /// draft leaves the draft's rows out; a draft that the file knows nothing of catches up.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] for a file that is no saved session, cut short or damaged;
+    /// [`Error::Unsupported`] for one of another version, of other models or with another cache
+    /// type; [`Error::ContextFull`] if the context is too small for it.
+    pub fn load_session(
+        &self,
+        path: impl AsRef<Path>,
+        options: &SessionOptions,
+    ) -> Result<Session> {
+        let path = path.as_ref();
+        let name = path.display().to_string();
+        let io = |source| Error::io(&name, source);
+        // Asked first: opening a FIFO would wait for a writer.
+        let meta = fs::metadata(path).map_err(io)?;
+        if !meta.is_file() {
+            return Err(Error::format(name, "is not a regular file; a saved session is needed"));
+        }
+        let file = Checked::new(BufReader::new(File::open(path).map_err(io)?), path);
+        self.read_session(file, meta.len(), options)
+    }
+
+    fn read_session(
+        &self,
+        mut file: Checked<BufReader<File>>,
+        len: u64,
+        options: &SessionOptions,
+    ) -> Result<Session> {
+        let header = read_header(&mut file, len)?;
+        let mut session = Session::new(self, options);
+        self.check_header(&header, &session, &file.name)?;
+        let text = file.take(header.text as usize * 4)?;
+        let mut fields = Fields(&text);
+        let text: Vec<_> = (0..header.text).map(|_| fields.u32()).collect();
+        let ahead = file.take(header.ahead as usize * 16)?;
+        let mut fields = Fields(&ahead);
+        let ahead = (0..header.ahead).map(|_| {
+            let (token, flags) = (fields.u32(), fields.u32());
+            let log_prob = f64::from_bits(fields.u64());
+            let log_prob = (flags & SCORED != 0).then_some(log_prob);
+            Ahead { token, drafted: flags & DRAFTED != 0, log_prob }
+        });
+        let ahead: Vec<_> = ahead.collect();
+        let vocab = self.tokenizer().len();
+        let tokens = text.iter().copied().chain(ahead.iter().map(|ahead| ahead.token));
+        if let Some(token) = tokens.into_iter().find(|&token| token as usize >= vocab) {
+            let what = format!("holds the token {token}, and there are {vocab}: it is damaged");
+            return Err(Error::format(file.name, what));
+        }
+        let Session { target, draft, .. } = &mut session;
+        let models = [Some(&mut **target), draft.as_mut().map(|draft| &mut **draft)];
+        for ((model, rows), bytes) in models.into_iter().zip(header.rows).zip(header.row_bytes) {
+            read_rows(&mut file, model, rows as usize, bytes as usize)?;
+        }
+        let (found, mut stated) = (file.sum.digest(), [0; 8]);
+        file.get(&mut stated)?;
+        if u64::from_le_bytes(stated) != found {
+            return Err(Error::format(
+                file.name,
+                "is damaged: its checksum is not that of its content",
+            ));
+        }
+        let (spoken, fresh) = (header.spoken as usize, header.flags & FRESH != 0);
+        session.restore(Snapshot { text, ahead, spoken, fresh, rng: header.rng });
+        Ok(session)
+    }
+
+    /// Whether a session that was saved fits the models and the session that it is restored to.
+    fn check_header(&self, header: &Header, session: &Session, name: &str) -> Result<()> {
+        let other = |what: &str| Err(Error::unsupported(name, what));
+        if header.target != self.target().digest() {
+            return other(
+                "was saved with another target model; open the model that it was saved with",
+            );
+        }
+        let drafts = [header.flags & DRAFT != 0, session.draft.is_some()];
+        if drafts == [true, true] && Some(header.draft) != self.draft().map(Model::digest) {
+            return other(
+                "was saved with another draft model; open the pair that it was saved with",
+            );
+        }
+        if header.element_bytes as usize != session.options.cache_type.bytes() {
+            let bits = 8 * u64::from(header.element_bytes);
+            let what = format!(
+                "was saved with a cache of type f{bits}, not {}; ask for that type",
+                session.options.cache_type.name()
+            );
+            return other(&what);
+        }
+        let sizes = [Some(&session.target), session.draft.as_ref()];
+        let fits =
+            sizes.iter().zip(header.row_bytes).zip(header.rows).all(|((lm, bytes), rows)| {
+                let right = lm.is_none_or(|lm| bytes == lm.row_bytes() as u64);
+                // The last token is pending.
+                (rows == 0 || right) && rows < header.text.max(1)
+            });
+        if !fits || header.spoken > header.text {
+            return Err(Error::format(name, "is damaged: its rows are not those of its text"));
+        }
+        let (wanted, capacity) = (header.text as usize, session.capacity());
+        if wanted > capacity {
+            return Err(Error::ContextFull { wanted, capacity });
+        }
+        Ok(())
+    }
+}
+
+fn read_header(file: &mut Checked<BufReader<File>>, len: u64) -> Result<Header> {
+    let cut = |name: &str, wanted: u64| {
+        Err(Error::format(name, format!("is cut short: {len} bytes, of {wanted}")))
+    };
+    let mut bytes = [0; HEADER];
+    let there = len.min(HEADER as u64) as usize;
+    file.get(&mut bytes[..there])?;
+    let known = there.min(MAGIC.len());
+    if bytes[..known] != MAGIC[..known] || there == 0 {
+        return Err(Error::format(&file.name, "is not a session saved by mtad"));
+    }
+    if there < HEADER {
+        return cut(&file.name, HEADER as u64);
+    }
+    let version = Fields(&bytes[8..]).u32();
+    if version != VERSION {
+        return Err(Error::unsupported(
+            &file.name,
+            format!("is a saved session of version {version}; this program reads {VERSION}"),
+        ));
+    }
+    let (content, sum) = bytes.split_at(HEADER - 8);
+    if sum != xxh3_64(content).to_le_bytes() {
+        return Err(Error::format(
+            &file.name,
+            "is damaged: the checksum of its header is not that of its content",
+        ));
+    }
+    let header = Header::from_bytes(&bytes);
+    match header.file_len() {
+        Some(wanted) if wanted == len => Ok(header),
+        Some(wanted) if wanted > len => cut(&file.name, wanted),
+        wanted => Err(Error::format(
+            &file.name,
+            format!("has {len} bytes where its header says {}", wanted.unwrap_or(u64::MAX)),
+        )),
+    }
+}
+
+/// Gives the rows of one model to it, or to nobody.
+fn read_rows(
+    file: &mut Checked<BufReader<File>>,
+    mut model: Option<&mut (dyn Lm + 'static)>,
+    rows: usize,
+    row_bytes: usize,
+) -> Result<()> {
+    let mut bytes = Vec::new();
+    for piece in pieces(rows) {
+        bytes.resize(piece.len() * row_bytes, 0);
+        file.get(&mut bytes)?;
+        if let Some(model) = &mut model {
+            model.load_rows(piece.len(), &bytes)?;
+        }
+    }
+    Ok(())
+}

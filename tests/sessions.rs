@@ -1,0 +1,238 @@
+//! Sessions that are left and resumed, cloned, saved and restored.
+#![cfg(feature = "builtin-pair")]
+
+use std::fs;
+use std::path::PathBuf;
+
+use mtad::backend::CacheType;
+use mtad::{
+    Error, LoadOptions, Pair, Piece, Request, Session, SessionOptions, Settings, StopReason,
+    Strategy,
+};
+
+const PROMPT: &str = "One day a girl named Lily went to";
+const TOKENS: usize = 24;
+
+/// Strategies that remember nothing from round to round.
+const STRATEGIES: [Strategy; 9] = [
+    Strategy::Greedy,
+    Strategy::Sample,
+    Strategy::Speculative,
+    Strategy::Mtad,
+    Strategy::Mmtad,
+    Strategy::SpecInfer,
+    Strategy::Bild,
+    Strategy::Typical,
+    Strategy::Mtjd,
+];
+
+fn pair() -> Pair {
+    let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+    Pair::builtin(true, &options, &mut |_, _| true).unwrap()
+}
+
+fn session(pair: &Pair) -> Session {
+    pair.session(&SessionOptions::default())
+}
+
+fn request(strategy: Strategy) -> Request {
+    let settings = Settings { strategy, seed: 5, score: true, ..Settings::default() };
+    Request { settings, max_tokens: Some(TOKENS), ..Request::default() }
+}
+
+fn file(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.session"))
+}
+
+/// Everything that is handed out, put together.
+#[derive(Debug, Default, PartialEq)]
+struct Told {
+    text: String,
+    tokens: Vec<(u32, bool, Option<f64>)>,
+}
+
+impl Told {
+    fn hear(&mut self, piece: Piece) {
+        self.text.push_str(&piece.text);
+        self.tokens.extend(piece.token.map(|token| (token, piece.drafted, piece.log_prob)));
+    }
+}
+
+fn whole(pair: &Pair, request: &Request) -> Told {
+    let mut told = Told::default();
+    let mut session = session(pair);
+    session.generate(PROMPT, request).unwrap().for_each(|piece| told.hear(piece.unwrap()));
+    told
+}
+
+#[test]
+fn a_session_saved_at_any_token_goes_on_with_the_same_text() {
+    let pair = pair();
+    let file = file("any-token");
+    for strategy in STRATEGIES {
+        let request = request(strategy);
+        let all = whole(&pair, &request);
+        assert_eq!(all.tokens.len(), TOKENS, "{strategy}");
+        for at in 0..TOKENS {
+            let mut told = Told::default();
+            let mut first = session(&pair);
+            let generation = first.generate(PROMPT, &request).unwrap();
+            generation.take(at).for_each(|piece| told.hear(piece.unwrap()));
+            first.save(&file).unwrap();
+            let mut second = pair.load_session(&file, &SessionOptions::default()).unwrap();
+            assert_eq!(second.tokens(), first.tokens());
+            let rest = Request { max_tokens: Some(TOKENS - at), ..request.clone() };
+            second.resume(&rest).unwrap().for_each(|piece| told.hear(piece.unwrap()));
+            assert_eq!(told, all, "{strategy} at {at}");
+        }
+    }
+}
+
+#[test]
+fn limits_and_clones_do_not_change_the_text() {
+    let pair = pair();
+    let request = Request { stop: vec![" the xyz".into()], ..request(Strategy::Mtad) };
+    let all = whole(&pair, &request);
+    let mut told = Told::default();
+    let mut session = session(&pair);
+    session.prompt(PROMPT, false).unwrap();
+    for most in [1, 2, 3, 4, 5, 6, 3] {
+        // Asking for logits in between changes nothing.
+        let logits = session.logits().unwrap();
+        assert_eq!(logits.len(), pair.target().shape().vocab_size);
+        session = session.try_clone().unwrap();
+        assert_eq!(session.logits().unwrap(), logits);
+        let mut generation =
+            session.resume(&Request { max_tokens: Some(most), ..request.clone() }).unwrap();
+        generation.by_ref().for_each(|piece| told.hear(piece.unwrap()));
+        assert_eq!(generation.tokens().len(), most);
+        assert_eq!(generation.scores().len(), most);
+        assert_eq!(generation.statistics().emitted, most as u64);
+        assert_eq!(generation.stop_reason(), Some(StopReason::MaxTokens));
+    }
+    assert_eq!(told.tokens, all.tokens);
+    assert_eq!(told.text, all.text);
+}
+
+#[test]
+fn a_stop_text_is_found_across_a_break() {
+    let pair = pair();
+    let request = request(Strategy::Sample);
+    let all = whole(&pair, &request).text;
+    let stop = all.char_indices().skip(all.len() / 2).take(6).map(|(_, c)| c).collect::<String>();
+    let request = Request { stop: vec![stop.clone()], ..request };
+    let stopped = whole(&pair, &request);
+    assert_eq!(stopped.text, all[..all.find(&stop).unwrap()]);
+    for at in 0..stopped.tokens.len() {
+        let mut told = Told::default();
+        let mut session = session(&pair);
+        let generation = session.generate(PROMPT, &request).unwrap();
+        generation.take(at).for_each(|piece| told.hear(piece.unwrap()));
+        let mut generation = session.resume(&request).unwrap();
+        generation.by_ref().for_each(|piece| told.hear(piece.unwrap()));
+        assert_eq!(generation.stop_reason(), Some(StopReason::Stop));
+        assert_eq!(told, stopped, "left at {at}");
+    }
+}
+
+#[test]
+fn a_generation_can_own_its_session() {
+    let pair = pair();
+    let request = request(Strategy::Mtad);
+    let all = whole(&pair, &request);
+    let (session, error) =
+        Box::new(session(&pair)).into_generation(&request).err().expect("there is no text");
+    assert!(error.to_string().contains("give a prompt"), "{error}");
+    let mut session = session;
+    session.prompt(PROMPT, false).unwrap();
+    let mut generation = session.into_generation(&request).ok().unwrap();
+    let mut told = Told::default();
+    generation.by_ref().for_each(|piece| told.hear(piece.unwrap()));
+    assert_eq!(told, all);
+    let mut session = generation.into_session().unwrap();
+    session.reset().unwrap();
+    assert!(session.tokens().is_empty() && session.resume(&request).is_err());
+    session.generate(PROMPT, &request).unwrap().for_each(drop);
+    let generated: Vec<u32> = all.tokens.iter().map(|t| t.0).collect();
+    assert!(session.tokens().ends_with(&generated));
+}
+
+fn refusal(pair: &Pair, file: &PathBuf, options: &SessionOptions) -> Error {
+    let error = pair.load_session(file, options).err().expect("the file is refused");
+    assert!(error.to_string().starts_with(file.to_str().unwrap()), "{error}");
+    error
+}
+
+#[test]
+fn files_that_are_cut_flipped_or_of_another_model_are_refused() {
+    let pair = pair();
+    let options = SessionOptions::default();
+    let whole = file("whole");
+    let mut first = session(&pair);
+    first.generate(PROMPT, &request(Strategy::Mtad)).unwrap().take(2).for_each(drop);
+    first.save(&whole).unwrap();
+    let bytes = fs::read(&whole).unwrap();
+    let damaged = file("damaged");
+
+    for len in [0, 3, 8, 20, 100, 135, 136, 200, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&damaged, &bytes[..len]).unwrap();
+        let error = refusal(&pair, &damaged, &options);
+        let wanted = if len == 0 { "not a session" } else { "cut short" };
+        assert!(matches!(error, Error::Format { .. }), "{error}");
+        assert!(error.to_string().contains(wanted), "{len}: {error}");
+    }
+    let mut longer = bytes.clone();
+    longer.push(0);
+    fs::write(&damaged, &longer).unwrap();
+    assert!(refusal(&pair, &damaged, &options).to_string().contains("where its header says"));
+    for at in (0..bytes.len()).step_by(bytes.len() / 300).chain(0..200) {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 1 << (at % 8);
+        fs::write(&damaged, &flipped).unwrap();
+        let error = refusal(&pair, &damaged, &options).to_string();
+        let named = ["damaged", "not a session", "version"].iter().any(|name| error.contains(name));
+        assert!(named, "byte {at}: {error}");
+    }
+
+    // The target as its own draft; the draft alone.
+    let load = |target: &str, draft: Option<&str>| {
+        let builtin = |name: &str| mtad::pair::builtin_file(name).unwrap();
+        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+        Pair::from_files(builtin(target), draft.map(builtin), &options, &mut |_, _| true).unwrap()
+    };
+    let error = refusal(&load("target", Some("target")), &whole, &options).to_string();
+    assert!(error.contains("another draft model"), "{error}");
+    let error = refusal(&load("draft", None), &whole, &options).to_string();
+    assert!(error.contains("another target model"), "{error}");
+    assert!(load("target", None).load_session(&whole, &options).is_ok());
+
+    let single = SessionOptions { cache_type: CacheType::F32, ..options };
+    assert!(refusal(&pair, &whole, &single).to_string().contains("cache of type f16, not f32"));
+    let small = SessionOptions { context: Some(5), ..options };
+    let error = pair.load_session(&whole, &small).err().unwrap();
+    assert!(matches!(error, Error::ContextFull { capacity: 5, .. }), "{error}");
+    let missing = file("missing");
+    assert!(matches!(refusal(&pair, &missing, &options), Error::Io { .. }));
+    assert!(matches!(refusal(&pair, &std::env::temp_dir(), &options), Error::Format { .. }));
+    assert!(first.save(missing.join("x")).is_err());
+}
+
+#[test]
+fn single_precision_and_empty_sessions_are_restored_too() {
+    let pair = pair();
+    let options = SessionOptions { cache_type: CacheType::F32, ..SessionOptions::default() };
+    let file = file("single");
+    let mut first = pair.session(&options);
+    first.save(&file).unwrap();
+    let mut empty = pair.load_session(&file, &options).unwrap();
+    assert!(empty.tokens().is_empty());
+    let request = request(Strategy::Mtad);
+    let mut told = Told::default();
+    empty.generate(PROMPT, &request).unwrap().for_each(|piece| told.hear(piece.unwrap()));
+    let mut resumed = Told::default();
+    first.prompt(PROMPT, false).unwrap();
+    first.save(&file).unwrap();
+    let mut second = pair.load_session(&file, &options).unwrap();
+    second.resume(&request).unwrap().for_each(|piece| resumed.hear(piece.unwrap()));
+    assert_eq!(resumed, told);
+}
