@@ -36,16 +36,20 @@
 //! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
 //! | [`energy`] | joules from real meters, by phase | `error` |
 //! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
+//! | `saved` | sessions in files | all of the above |
+//! | [`capi`] | the same for C, and whatever speaks C: `include/mtad.h` | everything |
 //! | [`bench`](mod@bench) | timing passes against the machine's limits | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
-//! A test holds these rules. `unsafe` appears only in the CPU kernels and in the memory map.
+//! A test holds these rules. `unsafe` appears only in the CPU kernels, in the memory map and at the
+//! border to C.
 //!
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.
 
 pub mod backend;
 pub mod bench;
+pub mod capi;
 pub mod cli;
 pub mod decode;
 pub mod energy;
