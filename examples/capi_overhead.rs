@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let (mut c_pair, mut c_session) = (null_mut(), null_mut());
     // SAFETY: handles and structs are used as mtad.h says; all bytes of the structs may be zero.
-    let mut border = unsafe {
+    let border = unsafe {
         let mut options: mtad_pair_options = std::mem::zeroed();
         let mut request: mtad_request = std::mem::zeroed();
         mtad_pair_options_init(&mut options, size_of_val(&options));

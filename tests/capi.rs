@@ -86,7 +86,7 @@ fn without_safety(header: &str) -> String {
         } else if !line.starts_with("//") {
             skipping = false;
         }
-        if !skipping && !(line.is_empty() && out.ends_with("\n\n")) {
+        if !(skipping || line.is_empty() && out.ends_with("\n\n")) {
             out.push_str(line.trim_end());
             out.push('\n');
         }

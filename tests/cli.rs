@@ -50,6 +50,24 @@ fn path(path: &Path) -> &str {
 }
 
 #[test]
+fn a_prompt_cache_changes_no_text() {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prompt.cache");
+    let _ = std::fs::remove_file(&file);
+    let args = ["run", "Once upon a time there was", "-n", "20", "--seed", "7", "--json"];
+    let plain = json(&args);
+    let with = [&args[..], &["--prompt-cache", path(&file)]].concat();
+    let (first, second) = (json(&with), json(&with));
+    assert_eq!((&first["text"], &second["text"]), (&plain["text"], &plain["text"]));
+    assert_eq!(first["prompt_tokens_reused"], 0);
+    let reused = second["prompt_tokens_reused"].as_u64().unwrap();
+    assert_eq!(reused + 1, plain["prompt_tokens"].as_u64().unwrap());
+    let other = [&with[..], &["--model", "builtin:draft", "--strategy", "sample"]].concat();
+    let (code, message) = failure(&other);
+    assert!(code == 1 && message.contains("another target model"), "{message}");
+    std::fs::remove_file(file).unwrap();
+}
+
+#[test]
 fn run_reports_what_the_contract_names() {
     for (strategy, drafts) in
         [("greedy", false), ("sample", false), ("speculative", true), ("mtad", true)]

@@ -136,6 +136,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = ["f16", "f32"])]
     cache_type: String,
 
+    /// Keep the session in this file: a later run whose prompt begins with the same text (prompt
+    /// and what was generated) does not evaluate it again
+    #[arg(long, value_name = "FILE")]
+    prompt_cache: Option<PathBuf>,
+
     /// Do not print the prompt before the text
     #[arg(long)]
     pub(super) no_echo: bool,
@@ -273,7 +278,10 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         request.settings.costs = kept_costs.insert(cost_tables::Kept::of(&pair)).load();
     }
 
-    let mut session = pair.session(&args.session_options());
+    let mut session = match &args.prompt_cache {
+        Some(file) if file.exists() => pair.load_session(file, &args.session_options())?,
+        _ => pair.session(&args.session_options()),
+    };
     metering.listen_to(&mut session);
     let begun = metering.begin();
     let start = Instant::now();
@@ -325,6 +333,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         report.print();
     }
     report.warn();
+    if let Some(file) = &args.prompt_cache {
+        session.save(file)?;
+    }
     match &measured {
         Some(measured) => {
             eprintln!();
@@ -402,6 +413,7 @@ impl Report<'_> {
             "token_ids": g.tokens(),
             "tokens": g.tokens().len(),
             "prompt_tokens": g.prompt_tokens(),
+            "prompt_tokens_reused": g.prefill().reused,
             "strategy": self.strategy.to_string(),
             "rounds": s.rounds(),
             "drafted": s.drafted(),
