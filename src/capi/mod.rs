@@ -18,3 +18,11 @@ pub mod pair;
 pub mod session;
 pub mod status;
 pub mod types;
+
+/// What a handle points to is used by any thread, and threads share it.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<pair::mtad_pair>();
+    shared::<session::mtad_session>();
+    shared::<generation::mtad_generation>();
+};
