@@ -11,7 +11,7 @@
 //! scale, so far), in order of column: the same operations whatever `n`, the tile, the thread
 //! count and the instruction set.
 
-use super::panel::{BLOCK, Format, Panels, ROWS, Values};
+use super::panel::{BLOCK, Bench, Format, Panels, ROWS, Values};
 use super::simd::{PairSimd, Simd, max_lanes, sum_lanes_i};
 
 /// What a kernel works on: one panel and one tile.
@@ -417,13 +417,14 @@ pub(super) unsafe fn multiply(
 ) {
     let tile = kernels.by_rows.len();
     let row_dwords = kernels.form.row_dwords(panels.cols);
+    let mut bench = Bench::default();
     for p in range.clone() {
-        let panel = panels.panel(p);
+        let panel = panels.panel(p, &mut bench);
         for first in (0..rows).step_by(tile) {
             let n = tile.min(rows - first);
             // The next panel is asked for while the first tile is worked on: without, any number
             // of rows waits for memory.
-            let fetch = first == 0 && p + 1 < range.end;
+            let fetch = first == 0 && p + 1 < range.end && panels.is_packed();
             let args = Args {
                 panel,
                 scale_bytes: panels.scale_bytes,
@@ -528,7 +529,7 @@ mod tests {
             let cols = if block_type.block_len() == 256 { 768 } else { 224 };
             let bytes = blocks(block_type, rows * cols, noise);
             let tensor = Tensor { file: "test", name: "w", cols, rows, block_type, bytes: &bytes };
-            let panels = Panels::pack(&tensor).unwrap();
+            let panels = Panels::pack(&tensor, |parts, job| (0..parts).for_each(job)).unwrap();
             let x: Vec<f32> = (0..n * cols).map(|_| noise.unit()).collect();
 
             let mut weights = vec![0.0; rows * cols];
@@ -587,7 +588,7 @@ mod tests {
             block_type: BlockType::Q8_0,
             bytes: &bytes,
         };
-        let panels = Panels::pack(&tensor).unwrap();
+        let panels = Panels::pack(&tensor, |parts, job| (0..parts).for_each(job)).unwrap();
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             assert!(product(isa, &panels, &[0.0; 64], 1).iter().all(|&x| x == 0.0));
             // No panic; what comes out of infinities is not a number, as it should be.

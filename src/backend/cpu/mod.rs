@@ -5,7 +5,8 @@
 //!   set, over the vector operations of `simd`;
 //! - `team`: how threads share a pass; `probe`: what the machine can do at most.
 //!
-//! Weights are packed once, when a model is loaded; embedding tables stay in the mapped file.
+//! Weights are packed once, when a model is loaded, unless they are to stay in the mapped file, as
+//! embedding tables do.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -54,6 +55,7 @@ const MOST_PRODUCTS: usize = 3;
 pub struct Cpu {
     team: Team,
     isa: Isa,
+    repack: bool,
 }
 
 impl Cpu {
@@ -80,7 +82,14 @@ impl Cpu {
         };
         let team = Team::new(threads)
             .map_err(|e| Error::invalid(format!("cannot start {threads} threads: {e}")))?;
-        Ok(Cpu { team, isa })
+        Ok(Cpu { team, isa, repack: true })
+    }
+
+    /// The same, but weights stay in their file and are packed anew whenever they are used: takes
+    /// no time to load and no memory beyond the mapped file, and is several times as slow for few
+    /// rows. The results are the same.
+    pub fn without_repacking(self) -> Self {
+        Cpu { repack: false, ..self }
     }
 
     /// The instruction set that runs.
@@ -169,8 +178,12 @@ impl Backend for Cpu {
     type Pass<'p> = CpuPass<'p>;
 
     fn describe(&self) -> String {
-        let threads = self.threads();
-        format!("cpu ({}, {threads} thread{})", self.isa, if threads == 1 { "" } else { "s" })
+        let threads = match self.threads() {
+            1 => "1 thread".to_owned(),
+            n => format!("{n} threads"),
+        };
+        let repacking = if self.repack { "" } else { ", not repacked" };
+        format!("cpu ({}, {threads}{repacking})", self.isa)
     }
 
     fn matrix(&self, weight: &SharedTensor, bias: Option<&SharedTensor>) -> Result<Matrix> {
@@ -178,9 +191,17 @@ impl Backend for Cpu {
             let view = bias.view();
             assert_eq!(view.rows * view.cols, weight.view().rows, "one bias for each output");
         }
-        let panels = Panels::pack(&weight.view())?;
-        // The panels hold it now: the mapped pages need not stay in memory too.
-        weight.release();
+        let panels = if self.repack {
+            let on_all = |parts: usize, job: &(dyn Fn(usize) + Sync)| {
+                self.team.enter(true, |crew| crew.run(parts, job));
+            };
+            let panels = Panels::pack(&weight.view(), on_all)?;
+            // The panels hold it now: the mapped pages need not stay in memory too.
+            weight.release();
+            panels
+        } else {
+            Panels::mapped(weight)?
+        };
         Ok(Matrix { panels, bias: bias.map(dequantized).transpose()? })
     }
 

@@ -20,11 +20,11 @@
 //! file's blocks, but for padding to 64 bytes and to whole panels.
 
 use bytemuck::Zeroable;
-use rayon::prelude::*;
 
 use super::simd::Simd;
+use super::{Shared, share};
 use crate::error::{Error, Result};
-use crate::gguf::Tensor;
+use crate::gguf::{SharedTensor, Tensor};
 use crate::quant::{BlockType, IQ4_VALUES};
 
 /// Rows of a panel.
@@ -44,10 +44,10 @@ struct Line([u8; 64]);
 // SAFETY: a Line is 64 initialised bytes, any of which are valid.
 unsafe impl bytemuck::Pod for Line {}
 
-/// A matrix of weights, packed in panels.
+/// A matrix of weights in panels.
 #[derive(Debug)]
 pub(super) struct Panels {
-    /// What it was packed from.
+    /// What it is packed from.
     pub block_type: BlockType,
     /// Outputs.
     pub rows: usize,
@@ -57,8 +57,20 @@ pub(super) struct Panels {
     pub stride: usize,
     /// Bytes of the scales at the head of a panel.
     pub scale_bytes: usize,
-    data: Box<[Line]>,
+    weights: Weights,
 }
+
+#[derive(Debug)]
+enum Weights {
+    /// Packed once, all panels one after the other.
+    Packed(Box<[Line]>),
+    /// In the file: each panel is packed when it is used.
+    Mapped(SharedTensor, Layout),
+}
+
+/// Where a panel that is not kept is packed; grows once.
+#[derive(Debug, Default)]
+pub(super) struct Bench(Vec<Line>);
 
 impl std::fmt::Debug for Line {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -67,46 +79,45 @@ impl std::fmt::Debug for Line {
 }
 
 impl Panels {
-    /// Packs a tensor.
+    /// Packs a tensor. `on_all` runs a job for each of so many parts, on as many threads as it has.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if there is no kernel for its type.
-    pub fn pack(tensor: &Tensor<'_>) -> Result<Self> {
-        let layout = layout(tensor.block_type).ok_or_else(|| {
-            Error::unsupported(
-                tensor.file,
-                format!(
-                    "tensor `{}` has the type {}, which cannot be run; quantize the model to another type",
-                    tensor.name, tensor.block_type
-                ),
-            )
-        })?;
-        let scale_bytes =
-            (tensor.cols / layout.scale_cols * layout.scale_bytes).next_multiple_of(64);
-        let value_bytes = match layout.block_bytes {
-            0 => tensor.cols * ROWS * tensor.block_type.block_bytes(),
-            n => tensor.cols / BLOCK * n,
-        };
-        let stride = (scale_bytes + value_bytes).next_multiple_of(64);
-        let panels = tensor.rows.div_ceil(ROWS);
-        let mut data = vec![Line::zeroed(); panels * stride / 64].into_boxed_slice();
-        let pack = |(p, panel): (usize, &mut [Line])| {
-            let panel: &mut [u8] = bytemuck::cast_slice_mut(panel);
-            let (scales, values) = panel.split_at_mut(scale_bytes);
-            for lane in 0..ROWS.min(tensor.rows - p * ROWS) {
-                let row = tensor.row(p * ROWS + lane);
-                (layout.pack_row)(tensor.block_type, row, lane, scales, values);
+    pub fn pack(
+        tensor: &Tensor<'_>,
+        on_all: impl FnOnce(usize, &(dyn Fn(usize) + Sync)),
+    ) -> Result<Self> {
+        let layout = layout_of(tensor)?;
+        let (scale_bytes, stride) = layout.sizes(tensor);
+        let (count, lines) = (tensor.rows.div_ceil(ROWS), stride / size_of::<Line>());
+        let mut data = vec![Line::zeroed(); count * lines].into_boxed_slice();
+        let to = Shared(data.as_mut_ptr());
+        let parts = count.min(64);
+        on_all(parts, &|part| {
+            for p in share(count, part, parts) {
+                // SAFETY: panel p is these lines, and belongs to one part alone.
+                let panel =
+                    unsafe { std::slice::from_raw_parts_mut(to.get().add(p * lines), lines) };
+                layout.pack_panel(tensor, p, scale_bytes, panel);
             }
-        };
-        data.par_chunks_mut(stride / 64).enumerate().for_each(pack);
-        Ok(Panels {
-            block_type: tensor.block_type,
-            rows: tensor.rows,
-            cols: tensor.cols,
-            stride,
-            scale_bytes,
-            data,
-        })
+        });
+        Ok(Panels::new(tensor, scale_bytes, stride, Weights::Packed(data)))
+    }
+
+    /// Leaves a tensor in its file.
+    ///
+    /// # Errors
+    /// As [`Panels::pack`].
+    pub fn mapped(weight: &SharedTensor) -> Result<Self> {
+        let tensor = weight.view();
+        let layout = layout_of(&tensor)?;
+        let (scale_bytes, stride) = layout.sizes(&tensor);
+        Ok(Panels::new(&tensor, scale_bytes, stride, Weights::Mapped(weight.clone(), layout)))
+    }
+
+    fn new(tensor: &Tensor<'_>, scale_bytes: usize, stride: usize, weights: Weights) -> Self {
+        let Tensor { block_type, rows, cols, .. } = *tensor;
+        Panels { block_type, rows, cols, stride, scale_bytes, weights }
     }
 
     /// Number of panels.
@@ -114,13 +125,42 @@ impl Panels {
         self.rows.div_ceil(ROWS)
     }
 
-    /// The first byte of a panel.
-    pub fn panel(&self, p: usize) -> *const u8 {
-        bytemuck::cast_slice::<_, u8>(&self.data)[p * self.stride..].as_ptr()
+    /// Whether panels lie in memory one after the other.
+    pub fn is_packed(&self) -> bool {
+        matches!(self.weights, Weights::Packed(_))
+    }
+
+    /// The first byte of a panel. It may lie on the bench, until the next one is put there.
+    pub fn panel(&self, p: usize, bench: &mut Bench) -> *const u8 {
+        match &self.weights {
+            Weights::Packed(data) => {
+                bytemuck::cast_slice::<_, u8>(data)[p * self.stride..].as_ptr()
+            }
+            Weights::Mapped(weight, layout) => {
+                bench.0.clear();
+                bench.0.resize(self.stride / size_of::<Line>(), Line::zeroed());
+                layout.pack_panel(&weight.view(), p, self.scale_bytes, &mut bench.0);
+                bench.0.as_ptr().cast()
+            }
+        }
     }
 }
 
+/// How a tensor is packed.
+fn layout_of(tensor: &Tensor<'_>) -> Result<Layout> {
+    layout(tensor.block_type).ok_or_else(|| {
+        Error::unsupported(
+            tensor.file,
+            format!(
+                "tensor `{}` has the type {}, which cannot be run; quantize the model to another type",
+                tensor.name, tensor.block_type
+            ),
+        )
+    })
+}
+
 /// How a type is packed.
+#[derive(Debug)]
 struct Layout {
     /// Columns that share a set of scales, and the bytes of that set for sixteen rows.
     scale_cols: usize,
@@ -129,6 +169,28 @@ struct Layout {
     block_bytes: usize,
     /// Writes one row into its lane of a panel's scales and values.
     pack_row: fn(BlockType, &[u8], usize, &mut [u8], &mut [u8]),
+}
+
+impl Layout {
+    /// Bytes of the scales of a panel, and of all of it.
+    fn sizes(&self, tensor: &Tensor<'_>) -> (usize, usize) {
+        let scale_bytes = (tensor.cols / self.scale_cols * self.scale_bytes).next_multiple_of(64);
+        let value_bytes = match self.block_bytes {
+            0 => tensor.cols * ROWS * tensor.block_type.block_bytes(),
+            n => tensor.cols / BLOCK * n,
+        };
+        (scale_bytes, (scale_bytes + value_bytes).next_multiple_of(64))
+    }
+
+    /// Packs panel `p` of a tensor into lines that are zero.
+    fn pack_panel(&self, tensor: &Tensor<'_>, p: usize, scale_bytes: usize, panel: &mut [Line]) {
+        let panel: &mut [u8] = bytemuck::cast_slice_mut(panel);
+        let (scales, values) = panel.split_at_mut(scale_bytes);
+        for lane in 0..ROWS.min(tensor.rows - p * ROWS) {
+            let row = tensor.row(p * ROWS + lane);
+            (self.pack_row)(tensor.block_type, row, lane, scales, values);
+        }
+    }
 }
 
 fn layout(block_type: BlockType) -> Option<Layout> {
@@ -203,11 +265,43 @@ fn pack_row<F: Format>(
     let planes = values.chunks_exact_mut(len / BLOCK * F::BLOCK_BYTES);
     for ((block, scales), planes) in blocks.zip(scales).zip(planes) {
         F::pack_scales(block_type, block, lane, scales);
+        if pack_dwords(block_type, block, lane, planes) {
+            continue;
+        }
         block_type.values(block, q);
         for (q, plane) in q.chunks_exact(BLOCK).zip(planes.chunks_exact_mut(F::BLOCK_BYTES)) {
             F::Values::pack(q, lane, plane);
         }
     }
+}
+
+/// Packs the values of a block whose bytes lie in the file nearly as in a plane, four at a time.
+fn pack_dwords(block_type: BlockType, block: &[u8], lane: usize, planes: &mut [u8]) -> bool {
+    let word =
+        |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+    let mut put = |v: usize, word: u32| {
+        dword(planes, v, lane).copy_from_slice(&word.to_le_bytes());
+    };
+    match block_type {
+        BlockType::Q4_0 => (0..4).for_each(|v| put(v, word(2 + 4 * v))),
+        BlockType::Q4_1 => (0..4).for_each(|v| put(v, word(4 + 4 * v))),
+        BlockType::Q8_0 => (0..8).for_each(|v| put(v, word(2 + 4 * v) ^ 0x8080_8080)),
+        // 32 bytes hold 32 columns in their low halves and the next 32 in their high ones.
+        BlockType::Q4_K => {
+            for b in 0..8 {
+                for v in 0..4 {
+                    let at = 16 + 32 * (b / 2) + 4 * v;
+                    let (first, second) = match b % 2 {
+                        0 => (word(at), word(at + 16) << 4),
+                        _ => (word(at) >> 4, word(at + 16)),
+                    };
+                    put(4 * b + v, first & 0x0f0f_0f0f | second & 0xf0f0_f0f0);
+                }
+            }
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// How the values of 32 columns are stored in planes.
