@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::gguf::{OwnedValue, Writer};
-use crate::quant::BlockType;
+use crate::quant::{BlockType, ModelFacts, Recipe};
 
 /// The shape of a model of the Llama family.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,8 +41,7 @@ const SHAPES: [Shape; 6] = [
 #[derive(Debug, Clone, PartialEq)]
 pub struct Synthetic {
     shape: Shape,
-    recipe: String,
-    base: BlockType,
+    recipe: Recipe,
 }
 
 impl FromStr for Synthetic {
@@ -54,38 +53,11 @@ impl FromStr for Synthetic {
             let names = SHAPES.map(|s| s.name).join(", ");
             Error::invalid(format!("there is no shape `{name}`; there are {names}"))
         })?;
-        let recipe = recipe.to_ascii_uppercase();
-        // Q4_K_M and its like are recipes over Q4_K.
-        let plain = recipe.trim_end_matches("_M").trim_end_matches("_S");
-        let base = BlockType::from_name(plain).filter(|t| t.can_dequantize()).ok_or_else(|| {
-            let names = BlockType::READABLE.map(BlockType::name).join(", ");
-            Error::invalid(format!(
-                "there is no weight type `{recipe}`; there are {names}, Q4_K_M and Q5_K_M"
-            ))
-        })?;
-        Ok(Synthetic { shape: *shape, recipe, base })
+        Ok(Synthetic { shape: *shape, recipe: recipe.parse()? })
     }
 }
 
 impl Synthetic {
-    /// The type of a tensor: llama.cpp's choices for mixed recipes, so that timings compare.
-    fn block_type(&self, name: &str, layer: u64, cols: u64) -> BlockType {
-        use BlockType::{F16, Q6_K, Q8_0};
-        let layers = self.shape.layers;
-        // Half of the layers, the first and last eighth among them, keep more bits.
-        let more = layer < layers / 8 || layer >= 7 * layers / 8 || (layer - layers / 8) % 3 == 2;
-        let wanted = match name {
-            "output" if !self.base.is_float() && self.base != Q8_0 => Q6_K,
-            "attn_v" | "ffn_down" if self.recipe.ends_with("_M") && more => Q6_K,
-            _ => self.base,
-        };
-        match cols % wanted.block_len() as u64 {
-            0 => wanted,
-            _ if cols.is_multiple_of(32) => Q8_0,
-            _ => F16,
-        }
-    }
-
     /// The file with everything but the bytes of its matrices.
     fn plan(&self) -> Writer {
         let Shape { name, width, layers, heads, kv_heads, ffn } = self.shape;
@@ -118,11 +90,16 @@ impl Synthetic {
             .set("tokenizer.ggml.unknown_token_id", 0u32);
 
         let kv = width / heads * kv_heads;
-        w.plan("token_embd.weight", &[width, VOCABULARY], self.block_type("token_embd", 0, width));
+        let facts = ModelFacts { layers, group: heads / kv_heads, tied: false };
+        let mut matrix = |name: &str, rows: u64, cols: u64| {
+            let block_type = self.recipe.choose(name, cols, &facts).used;
+            w.plan(name, &[cols, rows], block_type);
+        };
+        matrix("token_embd.weight", VOCABULARY, width);
+        matrix("output.weight", VOCABULARY, width);
         for i in 0..layers {
             let mut matrix = |part: &str, rows: u64, cols: u64| {
-                let block_type = self.block_type(part, i, cols);
-                w.plan(&format!("blk.{i}.{part}.weight"), &[cols, rows], block_type);
+                matrix(&format!("blk.{i}.{part}.weight"), rows, cols);
             };
             matrix("attn_q", width, width);
             matrix("attn_k", kv, width);
@@ -131,11 +108,15 @@ impl Synthetic {
             matrix("ffn_gate", ffn, width);
             matrix("ffn_up", ffn, width);
             matrix("ffn_down", width, ffn);
-            w.plan(&format!("blk.{i}.attn_norm.weight"), &[width], BlockType::F32);
-            w.plan(&format!("blk.{i}.ffn_norm.weight"), &[width], BlockType::F32);
         }
-        w.plan("output_norm.weight", &[width], BlockType::F32);
-        w.plan("output.weight", &[width, VOCABULARY], self.block_type("output", 0, width));
+        let mut norm = |name: &str| {
+            w.plan(name, &[width], BlockType::F32);
+        };
+        for i in 0..layers {
+            norm(&format!("blk.{i}.attn_norm.weight"));
+            norm(&format!("blk.{i}.ffn_norm.weight"));
+        }
+        norm("output_norm.weight");
         w
     }
 
@@ -213,8 +194,8 @@ mod tests {
     #[test]
     fn names_are_read_and_wrong_ones_refused() {
         let model: Synthetic = "1.1B:q4_k_m".parse().unwrap();
-        assert_eq!((model.shape.layers, model.base), (22, BlockType::Q4_K));
-        assert_eq!("68m".parse::<Synthetic>().unwrap().base, BlockType::Q4_0);
+        assert_eq!((model.shape.layers, model.recipe.name()), (22, "Q4_K_M"));
+        assert_eq!("68m".parse::<Synthetic>().unwrap().recipe.name(), "Q4_0");
         assert!("9b:Q4_0".parse::<Synthetic>().unwrap_err().to_string().contains("1.1b"));
         assert!("7b:Q9".parse::<Synthetic>().unwrap_err().to_string().contains("Q5_K_M"));
     }

@@ -10,6 +10,7 @@ mod energy;
 mod inspect;
 mod logits;
 mod metering;
+mod quantize;
 mod run;
 mod tokenize;
 
@@ -40,6 +41,7 @@ enum Command {
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Inspect(inspect::InspectArgs),
+    Quantize(quantize::QuantizeArgs),
     Energy(Box<energy::EnergyArgs>),
     Devices(devices::DevicesArgs),
 }
@@ -53,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Quantize(args) => quantize::quantize(&args),
         Command::Energy(args) => energy::energy(&args),
         Command::Devices(args) => devices::devices(&args),
     };

@@ -9,6 +9,7 @@
 //! is not the loader because it copies maps to the heap, drops value types and duplicate keys,
 //! and accepts offsets past the end of the file.
 
+pub mod quantize;
 mod reader;
 mod value;
 mod write;

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::value::ValueType;
+use super::value::{Value, ValueType};
 use crate::quant::BlockType;
 
 /// The alignment of tensor data that [`Writer`] uses: the format's default.
@@ -20,6 +20,8 @@ pub enum OwnedValue {
     Strings(Vec<String>),
     F32s(Vec<f32>),
     I32s(Vec<i32>),
+    /// A value of any type as it stands in a file: see the conversion from [`Value`].
+    Encoded(ValueType, Vec<u8>),
 }
 
 impl OwnedValue {
@@ -30,6 +32,7 @@ impl OwnedValue {
             OwnedValue::F32(_) => ValueType::F32,
             OwnedValue::Bool(_) => ValueType::Bool,
             OwnedValue::String(_) => ValueType::String,
+            OwnedValue::Encoded(kind, _) => *kind,
             _ => ValueType::Array,
         }
     }
@@ -50,6 +53,15 @@ impl From<u32> for OwnedValue {
 impl From<f32> for OwnedValue {
     fn from(x: f32) -> Self {
         OwnedValue::F32(x)
+    }
+}
+
+/// A copy, bit for bit.
+impl From<Value<'_>> for OwnedValue {
+    fn from(value: Value<'_>) -> Self {
+        let mut bytes = Vec::new();
+        encode(&mut bytes, &value);
+        OwnedValue::Encoded(value.value_type(), bytes)
     }
 }
 
@@ -217,11 +229,37 @@ fn put_string(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-fn put_value(out: &mut Vec<u8>, value: &OwnedValue) {
-    fn array(out: &mut Vec<u8>, kind: ValueType, len: usize) {
-        out.extend((kind as u32).to_le_bytes());
-        out.extend((len as u64).to_le_bytes());
+fn array(out: &mut Vec<u8>, kind: ValueType, len: usize) {
+    out.extend((kind as u32).to_le_bytes());
+    out.extend((len as u64).to_le_bytes());
+}
+
+/// What a file holds of a value.
+fn encode(out: &mut Vec<u8>, value: &Value<'_>) {
+    match value {
+        Value::U8(x) => out.push(*x),
+        Value::I8(x) => out.extend(x.to_le_bytes()),
+        Value::U16(x) => out.extend(x.to_le_bytes()),
+        Value::I16(x) => out.extend(x.to_le_bytes()),
+        Value::U32(x) => out.extend(x.to_le_bytes()),
+        Value::I32(x) => out.extend(x.to_le_bytes()),
+        Value::F32(x) => out.extend(x.to_le_bytes()),
+        Value::Bool(x) => out.push(u8::from(*x)),
+        Value::String(text) => {
+            out.extend((text.len() as u64).to_le_bytes());
+            out.extend(*text);
+        }
+        Value::Array(items) => {
+            array(out, items.value_type(), items.len());
+            items.iter().for_each(|item| encode(out, &item));
+        }
+        Value::U64(x) => out.extend(x.to_le_bytes()),
+        Value::I64(x) => out.extend(x.to_le_bytes()),
+        Value::F64(x) => out.extend(x.to_le_bytes()),
     }
+}
+
+fn put_value(out: &mut Vec<u8>, value: &OwnedValue) {
     match value {
         OwnedValue::U32(x) => out.extend(x.to_le_bytes()),
         OwnedValue::U64(x) => out.extend(x.to_le_bytes()),
@@ -240,5 +278,6 @@ fn put_value(out: &mut Vec<u8>, value: &OwnedValue) {
             array(out, ValueType::I32, xs.len());
             xs.iter().for_each(|x| out.extend(x.to_le_bytes()));
         }
+        OwnedValue::Encoded(_, bytes) => out.extend(bytes),
     }
 }

@@ -15,7 +15,7 @@ fn k4_scale_min(packed: &[u8], j: usize) -> (u8, u8) {
 }
 
 /// What a K block says beside its values: weight = d scale (q - offset) - dmin minimum.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct SuperScales {
     /// The scale of the scales.
     pub d: half::f16,

@@ -3,8 +3,6 @@
 //! Nibbles: byte `j` of sixteen holds weight `j` in its low half and weight `j + 16` in its high
 //! half. The fifth bits of Q5 are bit `j` of a 32-bit word.
 
-use half::f16;
-
 use super::f16_at;
 
 /// The values of a nibble plane of 16 bytes: 32 of 4 bits.
@@ -54,20 +52,4 @@ pub(super) fn q8_0(block: &[u8], values: &mut [u8]) {
 /// The scale and minimum of a block: weight = scale (q - offset) + minimum.
 pub(super) fn scales(block: &[u8], has_minimum: bool) -> (f32, f32) {
     (f16_at(block), if has_minimum { f16_at(&block[2..]) } else { 0.0 })
-}
-
-/// Rounds weights to Q8_0 blocks: the largest magnitude of a block becomes 127.
-///
-/// # Panics
-/// If the number of weights is no multiple of 32.
-pub fn quantize_q8_0(weights: &[f32]) -> Vec<u8> {
-    assert_eq!(weights.len() % 32, 0);
-    let mut out = Vec::with_capacity(weights.len() / 32 * 34);
-    for block in weights.chunks_exact(32) {
-        let d = block.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
-        let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-        out.extend(f16::from_f32(d).to_le_bytes());
-        out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
-    }
-    out
 }

@@ -2,16 +2,21 @@
 //!
 //! A row of weights is a sequence of *blocks*; a block holds [`BlockType::block_len`] weights in
 //! [`BlockType::block_bytes`] bytes. [`BlockType::dequantize`] turns blocks into `f32` exactly as
-//! ggml's reference does, and every kernel is tested against it. Speed is of no concern here.
+//! ggml's reference does, and every kernel is tested against it; [`BlockType::quantize`] is the other
+//! direction. A [`Recipe`] says which type each tensor of a model gets.
 
+mod fit;
 mod floats;
 mod k_quants;
 mod legacy;
+mod pack;
+mod quantize;
+mod recipe;
 
 use std::fmt;
 
 pub use k_quants::SuperScales;
-pub use legacy::quantize_q8_0;
+pub use recipe::{Chosen, ModelFacts, Recipe};
 
 /// The element types of ggml, with the numbers that GGUF gives them.
 ///

@@ -143,7 +143,8 @@ pub fn tiny_llama() -> Writer {
         ("blk.0.ffn_up", 64, 96),
         ("blk.0.ffn_down", 96, 64),
     ] {
-        let blocks = mtad::quant::quantize_q8_0(&weights(cols * rows));
+        let mut blocks = vec![0; (cols * rows / 32 * 34) as usize];
+        BlockType::Q8_0.quantize(&weights(cols * rows), &mut blocks);
         writer.tensor(&format!("{name}.weight"), &[cols, rows], BlockType::Q8_0, blocks);
     }
     for name in ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"] {
