@@ -39,6 +39,7 @@
 //! | `saved` | sessions in files | all of the above |
 //! | [`capi`] | the same for C, and whatever speaks C: `include/mtad.h` | everything |
 //! | [`bench`](mod@bench) | timing passes against the machine's limits | everything |
+//! | [`eval`] | perplexity, tasks and their scores, strategies side by side | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels, in the memory map and at the
@@ -54,6 +55,7 @@ pub mod cli;
 pub mod decode;
 pub mod energy;
 pub mod error;
+pub mod eval;
 pub mod generation;
 pub mod gguf;
 pub mod model;

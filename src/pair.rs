@@ -161,3 +161,16 @@ pub fn builtin_file(name: &str) -> Result<Gguf> {
         "this program was built without the built-in pair (`builtin:{name}`); name a file with --model"
     )))
 }
+
+/// The held-out questions of the built-in pair: a line of JSON with `prompt` and `answer` for each.
+///
+/// # Errors
+/// [`Error::Invalid`] if the program was built without the pair.
+pub fn builtin_questions() -> Result<&'static str> {
+    #[cfg(feature = "builtin-pair")]
+    return Ok(include_str!("../models/questions.jsonl"));
+    #[cfg(not(feature = "builtin-pair"))]
+    Err(Error::invalid(
+        "this program was built without the built-in pair and its questions; name a file with --prompts",
+    ))
+}

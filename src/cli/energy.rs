@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 
 use super::metering::{Measured, Metering, PHASES, Work};
 use super::run::{RunArgs, clock_seed, watch_for_interrupts};
-use super::{print_line, read_text};
+use super::{print_line, read_text, table};
 use crate::decode::Strategy;
 use crate::error::{Error, Result};
 use crate::generation::Request;
@@ -354,18 +354,4 @@ impl Report<'_> {
         }
         out.flush()
     }
-}
-
-/// Columns as wide as their widest cell, the first flush left and the others right.
-fn table(rows: &[Vec<String>]) -> Vec<String> {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    rows.iter()
-        .map(|row| {
-            let cells = row.iter().enumerate().map(|(i, cell)| match (i, width(i).unwrap_or(0)) {
-                (0, width) => format!("{cell:width$}"),
-                (_, width) => format!("{cell:>width$}"),
-            });
-            cells.collect::<Vec<_>>().join("  ")
-        })
-        .collect()
 }

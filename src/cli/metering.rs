@@ -60,6 +60,16 @@ impl MeterArgs {
         self.energy || !self.meter.is_empty() || self.assume_watts.is_some()
     }
 
+    /// Whether it is fine that no meter gives a figure.
+    pub(super) fn is_lenient(&self) -> bool {
+        self.allow_no_meter
+    }
+
+    /// The power that is assumed instead of measured.
+    pub(super) fn assumed(&self) -> Option<f64> {
+        self.assume_watts
+    }
+
     /// Starts to measure if that is wanted, `default_idle` says that it is in any case. The idle
     /// baseline comes first.
     pub(super) fn start(&self, default_idle: Option<f64>) -> Result<Metering> {

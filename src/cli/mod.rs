@@ -7,9 +7,11 @@ mod bench;
 mod cost_tables;
 mod devices;
 mod energy;
+mod eval;
 mod inspect;
 mod logits;
 mod metering;
+mod perplexity;
 mod quantize;
 mod run;
 mod tokenize;
@@ -38,6 +40,8 @@ struct Cli {
 enum Command {
     Run(Box<run::RunArgs>),
     Bench(Box<bench::BenchArgs>),
+    Eval(Box<eval::EvalArgs>),
+    Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Inspect(inspect::InspectArgs),
@@ -52,6 +56,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Bench(args) => bench::bench(&args),
+        Command::Eval(args) => eval::eval(&args),
+        Command::Perplexity(args) => perplexity::perplexity(&args),
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
         Command::Inspect(args) => inspect::inspect(&args),
@@ -172,4 +178,18 @@ fn loading_bar() -> impl FnMut(u64, u64) -> bool {
         }
         true
     }
+}
+
+/// Columns as wide as their widest cell, the first flush left and the others right.
+fn table(rows: &[Vec<String>]) -> Vec<String> {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    rows.iter()
+        .map(|row| {
+            let cells = row.iter().enumerate().map(|(i, cell)| match (i, width(i).unwrap_or(0)) {
+                (0, width) => format!("{cell:width$}"),
+                (_, width) => format!("{cell:>width$}"),
+            });
+            cells.collect::<Vec<_>>().join("  ")
+        })
+        .collect()
 }

@@ -1,7 +1,7 @@
 //! `mtad run`: generates text after a prompt.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -232,22 +232,32 @@ impl RunArgs {
 
     /// Loads the pair, without a draft where the strategy has no use for one.
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
-        let options = self.device.load_options();
-        let mut bar = loading_bar();
-        let Some(model) = &self.model else {
-            return Pair::builtin(strategy.needs_draft(), &options, &mut bar);
-        };
-        let draft = match &self.draft {
-            Some(draft) if strategy.needs_draft() => Some(open_model(draft)?),
-            None if strategy.needs_draft() => {
-                return Err(Error::invalid(format!(
-                    "strategy {strategy} needs a draft model: name one with --draft, or use greedy or sample"
-                )));
-            }
-            _ => None,
-        };
-        Pair::from_files(open_model(model)?, draft, &options, &mut bar)
+        load_pair(self.model.as_deref(), self.draft.as_deref(), strategy, &self.device)
     }
+}
+
+/// Loads a pair, or the built-in one, without a draft where the strategy has no use for one.
+pub(super) fn load_pair(
+    model: Option<&Path>,
+    draft: Option<&Path>,
+    strategy: Strategy,
+    device: &DeviceArgs,
+) -> Result<Pair> {
+    let options = device.load_options();
+    let mut bar = loading_bar();
+    let Some(model) = model else {
+        return Pair::builtin(strategy.needs_draft(), &options, &mut bar);
+    };
+    let draft = match draft {
+        Some(draft) if strategy.needs_draft() => Some(open_model(draft)?),
+        None if strategy.needs_draft() => {
+            return Err(Error::invalid(format!(
+                "strategy {strategy} needs a draft model: name one with --draft, or use greedy or sample"
+            )));
+        }
+        _ => None,
+    };
+    Pair::from_files(open_model(model)?, draft, &options, &mut bar)
 }
 
 /// A seed that differs from run to run.

@@ -89,31 +89,42 @@ const LANES: usize = 8;
 
 /// What a regression of weights on their rounded values needs.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Sums {
-    pub n: f32,
-    pub x: f32,
-    pub xx: f32,
-    pub g: f32,
-    pub gg: f32,
-    pub xg: f32,
+struct Sums {
+    n: f32,
+    x: f32,
+    xx: f32,
+    g: f32,
+    gg: f32,
+    xg: f32,
 }
 
 impl Sums {
-    /// Of weights rounded to `g = nearest((x - m) / s)`, given 1 / s.
-    fn of<G: Grid>(x: &[f32], inverse: f32, m: f32) -> Self {
-        let mut lanes = [[0f32; LANES]; 5];
+    /// Of weights alone.
+    fn of(x: &[f32]) -> Self {
+        let mut lanes = [[0f32; LANES]; 2];
+        for x in x.chunks_exact(LANES) {
+            for i in 0..LANES {
+                lanes[0][i] += x[i];
+                lanes[1][i] += x[i] * x[i];
+            }
+        }
+        let [sum, xx] = lanes.map(|lane| lane.iter().sum());
+        Sums { n: x.len() as f32, x: sum, xx, ..Sums::default() }
+    }
+
+    /// The same with those of `g = nearest((x - m) / s)`, given 1 / s.
+    fn rounded<G: Grid>(self, x: &[f32], inverse: f32, m: f32) -> Self {
+        let mut lanes = [[0f32; LANES]; 3];
         for x in x.chunks_exact(LANES) {
             for i in 0..LANES {
                 let g = G::nearest((x[i] - m) * inverse);
-                lanes[0][i] += x[i];
-                lanes[1][i] += x[i] * x[i];
-                lanes[2][i] += g;
-                lanes[3][i] += g * g;
-                lanes[4][i] += x[i] * g;
+                lanes[0][i] += g;
+                lanes[1][i] += g * g;
+                lanes[2][i] += x[i] * g;
             }
         }
-        let [x_sum, xx, g, gg, xg] = lanes.map(|lane| lane.iter().sum());
-        Sums { n: x.len() as f32, x: x_sum, xx, g, gg, xg }
+        let [g, gg, xg] = lanes.map(|lane| lane.iter().sum());
+        Sums { g, gg, xg, ..self }
     }
 
     /// The squared error of `s g + m`.
@@ -175,8 +186,9 @@ fn improve<G: Grid>(
     mut best: (f32, f32, f32),
     line: impl Fn(&Sums) -> (f32, f32),
 ) -> (f32, f32) {
+    let alone = Sums::of(x);
     for _ in 0..4 {
-        let sums = Sums::of::<G>(x, invert(best.1), best.2);
+        let sums = alone.rounded::<G>(x, invert(best.1), best.2);
         let (s, m) = line(&sums);
         let error = sums.error(s, m);
         if error >= best.0 || s == 0.0 {
@@ -194,11 +206,12 @@ pub(super) fn scale<G: Grid>(x: &[f32]) -> f32 {
         return 0.0;
     }
     let mut best = (f32::INFINITY, 0.0, 0.0);
+    let alone = Sums::of(x);
     // The extreme weight lies at an end of the grid, or a little beside it.
     for end in [G::LOW, G::HIGH] {
-        for tenth in -12..=12 {
-            let inverse = (end + 0.1 * tenth as f32 * G::STEP) / extreme;
-            let sums = Sums::of::<G>(x, inverse, 0.0);
+        for fifth in -6..=6 {
+            let inverse = (end + 0.2 * fifth as f32 * G::STEP) / extreme;
+            let sums = alone.rounded::<G>(x, inverse, 0.0);
             let s = sums.scale();
             let error = sums.error(s, 0.0);
             if error < best.0 {
@@ -220,6 +233,7 @@ pub(super) fn scale_and_minimum<G: Grid>(x: &[f32], negative: bool) -> (f32, f32
         return (0.0, low);
     }
     let mut best = (error::<G>(x, range / G::HIGH, low), range / G::HIGH, low);
+    let alone = Sums::of(x);
     // Ends of the grid's range, in steps inside (or outside) that of the weights.
     const ENDS: [f32; 6] = [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0];
     let step = range / G::HIGH;
@@ -227,7 +241,7 @@ pub(super) fn scale_and_minimum<G: Grid>(x: &[f32], negative: bool) -> (f32, f32
         let first = low + below * step;
         for above in ENDS {
             let span = high - above * step - first;
-            let sums = Sums::of::<G>(x, G::HIGH / span, first);
+            let sums = alone.rounded::<G>(x, G::HIGH / span, first);
             let (s, m) = sums.line(negative);
             let error = sums.error(s, m);
             if s > 0.0 && error < best.0 {
