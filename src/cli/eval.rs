@@ -34,6 +34,7 @@ use crate::tokenizer::EncodeOptions;
 /// share of different runs of n tokens within a text. With --out, an evaluation that was
 /// interrupted goes on where it was.
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct EvalArgs {
     /// The target model, a GGUF file [default: the built-in pair]
     #[arg(long, short, value_name = "GGUF")]
@@ -86,7 +87,7 @@ pub struct EvalArgs {
     top_p: f32,
 
     /// How often each strategy takes its turn with each prompt, with other seeds
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
 
     /// Seed of the first repeat
@@ -256,11 +257,14 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let matched = args.matched(&arms)?;
     let (tasks, described) = args.tasks()?;
     let strategies = &grid.strategies;
-    let drafting = strategies.iter().find(|s| s.needs_draft()).unwrap_or(&strategies[0]);
+    // A draft that there is belongs to the evaluation, whether these strategies use it or not.
+    let has_draft = args.model.is_none() || args.draft.is_some();
+    let drafting = strategies.iter().copied().find(|s| s.needs_draft());
+    let loaded_for = drafting.unwrap_or(if has_draft { Strategy::Mtad } else { strategies[0] });
     // Whatever meters there are: the table has a column for them.
     let mut metering = args.meters.start(Some(0.0))?;
     let (model, draft) = (args.model.as_deref(), args.draft.as_deref());
-    let pair = metering.load(|| load_pair(model, draft, *drafting, &args.device))?;
+    let pair = metering.load(|| load_pair(model, draft, loaded_for, &args.device))?;
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };
     let tasks = that_fit(tasks, &pair, &options)?;
     let mut journal = Journal::in_memory();

@@ -1,7 +1,8 @@
 //! The report as one page: a table and three plots.
 
 use super::Report;
-use super::svg::{Plot, Series, escape};
+use super::svg::{Plot, Point, Series, escape};
+use crate::decode::Strategy;
 
 const STYLE: &str = "
 :root { color-scheme: light dark; --line: #8884; --text: light-dark(#222, #ddd); }
@@ -30,10 +31,18 @@ impl Report {
         let mut series: Vec<Series> = Vec::new();
         let mut points = Vec::new();
         for (name, row) in self.all() {
-            let (Some(rate), Some(perplexity)) = (row.tokens_per_second, row.perplexity) else {
+            let (Some(rate), Some(perplexity)) = (self.rate(row), row.perplexity) else {
                 continue;
             };
-            let point = (rate, perplexity.value, row.arm.label.clone());
+            let settings = &row.arm.settings;
+            let mark = match settings.strategy {
+                Strategy::Mtad | Strategy::Mmtad | Strategy::Auto => {
+                    format!("tau {}", settings.tau)
+                }
+                _ => String::new(),
+            };
+            let (y, title) = (perplexity.value, row.arm.label.clone());
+            let point = Point { x: rate, y, title, mark };
             points.push((rate, perplexity.value));
             match series.iter_mut().find(|known| known.name == name) {
                 Some(known) => known.points.push(point),
@@ -49,7 +58,12 @@ impl Report {
         let rows = self.all().filter(|(_, row)| row.statistics.drafted() > 0);
         let series = rows.map(|(_, row)| {
             let shares = row.statistics.acceptance_by_depth();
-            let point = |(i, share): (usize, f64)| (i as f64 + 1.0, share, format!("{share:.3}"));
+            let point = |(i, share): (usize, f64)| Point {
+                x: i as f64 + 1.0,
+                y: share,
+                title: format!("{share:.3}"),
+                mark: String::new(),
+            };
             let points = shares.into_iter().enumerate().map(point).collect();
             Series { name: row.arm.label.clone(), points, joined: true }
         });
@@ -60,8 +74,9 @@ impl Report {
     /// Joules per token by tokens per second.
     fn joules(&self) -> Plot {
         let series = self.all().filter_map(|(_, row)| {
-            let (rate, joules) = (row.tokens_per_second?, row.joules_per_token?);
-            let points = vec![(rate, joules, format!("{joules:.4} J/token"))];
+            let (rate, joules) = (self.rate(row)?, row.joules_per_token?);
+            let title = format!("{joules:.4} J/token");
+            let points = vec![Point { x: rate, y: joules, title, mark: String::new() }];
             Some(Series { name: row.arm.label.clone(), points, joined: false })
         });
         let series = series.collect();

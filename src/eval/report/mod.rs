@@ -74,18 +74,40 @@ impl Report {
         rows.chain(cooled)
     }
 
-    /// Tokens per second by those of plain sampling at the same temperature.
-    pub fn ratio(&self, row: &Summary) -> Option<f64> {
+    /// Plain sampling, at the temperature of `row` if it is there.
+    fn plain(&self, row: &Summary) -> Option<&Summary> {
         let temperature = row.arm.settings.warp.temperature;
         let plain = |row: &&Summary| row.arm.settings.strategy == Strategy::Sample;
         let alike = |row: &&Summary| row.arm.settings.warp.temperature == temperature;
-        let plain = self.rows.iter().filter(plain).find(alike).or(self.rows.iter().find(plain))?;
-        Some(row.tokens_per_second? / plain.tokens_per_second?)
+        self.rows.iter().filter(plain).find(alike).or(self.rows.iter().find(plain))
+    }
+
+    /// Tokens per second. What took no turns with the others cannot be compared with them; it does
+    /// the same work as plain sampling.
+    pub fn rate(&self, row: &Summary) -> Option<f64> {
+        let apart = self.cooled.as_ref().is_some_and(|(_, cooled)| std::ptr::eq(cooled, row));
+        let timed = if apart { self.plain(row).unwrap_or(row) } else { row };
+        timed.tokens_per_second
+    }
+
+    /// Tokens per second by those of plain sampling.
+    pub fn ratio(&self, row: &Summary) -> Option<f64> {
+        Some(self.rate(row)? / self.plain(row)?.tokens_per_second?)
+    }
+
+    /// Whether joules were computed from an assumed power: such figures go by another name.
+    fn is_assumed(&self) -> bool {
+        self.energy["assumed"] == true
+    }
+
+    fn joules_key(&self) -> &'static str {
+        if self.is_assumed() { "assumed_joules_per_token" } else { "joules_per_token" }
     }
 
     fn cells(&self, name: String, row: &Summary) -> [String; 13] {
         let percent = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{:.1}%", 100.0 * x));
         let joules = match row.joules_per_token {
+            Some(joules) if self.is_assumed() => format!("{joules:.4} assumed"),
             Some(joules) => format!("{joules:.4}"),
             None => "unavailable".to_owned(),
         };
@@ -98,9 +120,9 @@ impl Report {
             name,
             row.arm.details().to_owned(),
             estimate(row.perplexity, 1.0, 3),
-            format!("{:.3}", row.statistics.block_efficiency()),
+            number((row.texts > 0).then(|| row.statistics.block_efficiency()), 3),
             percent(row.statistics.acceptance_rate()),
-            number(row.tokens_per_second, 1),
+            number(self.rate(row), 1),
             number(self.ratio(row), 2),
             joules,
             score,
@@ -126,7 +148,8 @@ impl Report {
         let mut notes = Vec::new();
         if let Some((of, _)) = &self.cooled {
             notes.push(format!(
-                "sample, cooled: plain sampling at the temperature whose perplexity is nearest to that of {of}"
+                "sample, cooled: plain sampling at the temperature whose perplexity is nearest to that of {of}; \
+                 drawn after the others, so its speed is that of sample"
             ));
         }
         if let Some(why) = &self.no_joules {
@@ -160,9 +183,9 @@ impl Report {
                 "acceptance_rate": row.statistics.acceptance_rate(),
                 "acceptance_by_depth": row.statistics.acceptance_by_depth(),
                 "min_joint_ratio": row.statistics.min_ratio(),
-                "tokens_per_second": row.tokens_per_second,
+                "tokens_per_second": self.rate(row),
                 "ratio_to_plain": self.ratio(row),
-                "joules_per_token": row.joules_per_token,
+                self.joules_key(): row.joules_per_token,
                 "score": value(row.score),
                 "score_se": error(row.score),
                 "answers": row.answers,
@@ -190,7 +213,7 @@ impl Report {
 
     /// A line for each row, a column for each figure.
     pub fn csv(&self) -> String {
-        const COLUMNS: [&str; 20] = [
+        let columns = [
             "name",
             "label",
             "strategy",
@@ -206,7 +229,7 @@ impl Report {
             "acceptance_rate",
             "tokens_per_second",
             "ratio_to_plain",
-            "joules_per_token",
+            self.joules_key(),
             "score",
             "score_se",
             "answers",
@@ -220,11 +243,11 @@ impl Report {
             Json::String(text) => text.clone(),
             other => other.to_string(),
         };
-        let mut out = format!("{},distinct_1,distinct_2,distinct_3\n", COLUMNS.join(","));
+        let mut out = format!("{},distinct_1,distinct_2,distinct_3\n", columns.join(","));
         for row in self.json()["rows"].as_array().into_iter().flatten() {
             let distinct = (0..3).map(|n| cell(&row["distinct"][n]));
             let cells: Vec<String> =
-                COLUMNS.iter().map(|key| cell(&row[key])).chain(distinct).collect();
+                columns.iter().map(|key| cell(&row[key])).chain(distinct).collect();
             out.push_str(&cells.join(","));
             out.push('\n');
         }

@@ -1,14 +1,23 @@
 //! Plots as SVG.
 
-use std::fmt::Write;
+/// A point.
+#[derive(Debug, Clone)]
+pub(super) struct Point {
+    pub x: f64,
+    pub y: f64,
+    /// What it is, where a pointer rests on it.
+    pub title: String,
+    /// Beside it, if not empty.
+    pub mark: String,
+}
 
 /// One line or cloud of points.
 #[derive(Debug, Clone)]
 pub(super) struct Series {
     /// In the legend.
     pub name: String,
-    /// (x, y, what the point is).
-    pub points: Vec<(f64, f64, String)>,
+    /// The points, in the order in which a line joins them.
+    pub points: Vec<Point>,
     /// Joined by a line.
     pub joined: bool,
 }
@@ -25,10 +34,10 @@ pub(super) struct Plot {
     pub from_zero: bool,
 }
 
-const WIDTH: f64 = 760.0;
+const WIDTH: f64 = 880.0;
 const HEIGHT: f64 = 420.0;
 const LEFT: f64 = 64.0;
-const RIGHT: f64 = 220.0;
+const RIGHT: f64 = 260.0;
 const TOP: f64 = 16.0;
 const BOTTOM: f64 = 48.0;
 /// Colours that people with colour blindness can tell apart (Okabe and Ito 2008).
@@ -38,7 +47,7 @@ const COLOURS: [&str; 8] =
 /// Text as it may stand in XML.
 pub(super) fn escape(text: &str) -> String {
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    text.replace('"', "&quot;")
+    text.replace('"', "&quot;").replace('\'', "&#39;")
 }
 
 /// Some 5 round numbers that cover a range.
@@ -60,7 +69,7 @@ fn label(x: f64) -> String {
 
 impl Plot {
     fn ticks(&self, axis: impl Fn(&(f64, f64)) -> f64) -> Vec<f64> {
-        let points = self.series.iter().flat_map(|s| s.points.iter().map(|p| (p.0, p.1)));
+        let points = self.series.iter().flat_map(|s| s.points.iter().map(|p| (p.x, p.y)));
         let values: Vec<f64> = points.map(|point| axis(&point)).collect();
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -73,83 +82,102 @@ impl Plot {
         if self.series.iter().all(|series| series.points.is_empty()) {
             return "<p>Nothing to show.</p>".to_owned();
         }
-        let (xs, ys) = (self.ticks(|p| p.0), self.ticks(|p| p.1));
-        let scale = |ticks: &[f64], value: f64| {
-            let (first, last) = (ticks[0], ticks[ticks.len() - 1]);
-            (value - first) / (last - first)
-        };
-        let at_x = |x: f64| LEFT + scale(&xs, x) * (WIDTH - LEFT - RIGHT);
-        let at_y = |y: f64| HEIGHT - BOTTOM - scale(&ys, y) * (HEIGHT - TOP - BOTTOM);
-        let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
+        let frame = Frame { xs: self.ticks(|p| p.0), ys: self.ticks(|p| p.1) };
         let mut out = format!(
-            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{} by {}\">",
+            "<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{} by {}'>",
             escape(self.y),
             escape(self.x)
         );
-        // (Writing to a string does not fail.)
-        let mut put = |text: std::fmt::Arguments<'_>| out.write_fmt(text).unwrap_or_default();
-        for &x in &xs {
-            let (at, text) = (at_x(x), label(x));
-            put(format_args!(
-                "<line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{TOP}\" y2=\"{bottom}\"/>"
-            ));
-            put(format_args!(
-                "<text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\">{text}</text>",
-                bottom + 18.0
-            ));
-        }
-        for &y in &ys {
-            let (at, text) = (at_y(y), label(y));
-            put(format_args!(
-                "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>"
-            ));
-            put(format_args!(
-                "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>",
-                LEFT - 8.0,
-                at + 4.0
-            ));
-        }
-        let middle = (LEFT + right) / 2.0;
-        put(format_args!(
-            "<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
-            HEIGHT - 8.0,
-            escape(self.x)
-        ));
-        put(format_args!(
-            "<text transform=\"translate(14 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
-            (TOP + bottom) / 2.0,
-            escape(self.y)
-        ));
-        let path = |points: &mut dyn Iterator<Item = (f64, f64)>| {
-            let points = points.map(|(x, y)| format!("{:.1},{:.1}", at_x(x), at_y(y)));
-            points.collect::<Vec<_>>().join(" ")
-        };
+        out += &frame.axes(self.x, self.y);
         if self.front.len() > 1 {
-            let points = path(&mut self.front.iter().copied());
-            put(format_args!("<polyline class=\"front\" points=\"{points}\"/>"));
+            let points = frame.path(self.front.iter().copied());
+            out += &format!("<polyline class='front' points='{points}'/>");
         }
         for (i, series) in self.series.iter().enumerate() {
-            let colour = COLOURS[i % COLOURS.len()];
-            if series.joined {
-                let points = path(&mut series.points.iter().map(|p| (p.0, p.1)));
-                put(format_args!(
-                    "<polyline fill=\"none\" stroke=\"{colour}\" points=\"{points}\"/>"
-                ));
-            }
-            for (x, y, what) in &series.points {
-                let (cx, cy, what) = (at_x(*x), at_y(*y), escape(what));
-                put(format_args!(
-                    "<circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"4\" fill=\"{colour}\"><title>{what}</title></circle>"
-                ));
-            }
-            let y = TOP + 12.0 + 18.0 * i as f64;
-            let (x, name) = (right + 16.0, escape(&series.name));
-            put(format_args!("<circle cx=\"{x}\" cy=\"{y}\" r=\"4\" fill=\"{colour}\"/>"));
-            put(format_args!("<text x=\"{}\" y=\"{}\">{name}</text>", x + 10.0, y + 4.0));
+            out += &frame.series(i, series);
         }
-        out.push_str("</svg>");
-        out
+        out + "</svg>"
     }
+}
+
+/// The axes: their ticks, of which the first and the last are the ends.
+struct Frame {
+    xs: Vec<f64>,
+    ys: Vec<f64>,
+}
+
+impl Frame {
+    fn x(&self, x: f64) -> f64 {
+        LEFT + share(&self.xs, x) * (WIDTH - LEFT - RIGHT)
+    }
+
+    fn y(&self, y: f64) -> f64 {
+        HEIGHT - BOTTOM - share(&self.ys, y) * (HEIGHT - TOP - BOTTOM)
+    }
+
+    fn path(&self, points: impl Iterator<Item = (f64, f64)>) -> String {
+        let points = points.map(|(x, y)| format!("{:.1},{:.1}", self.x(x), self.y(y)));
+        points.collect::<Vec<_>>().join(" ")
+    }
+
+    fn axes(&self, x_name: &str, y_name: &str) -> String {
+        let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
+        let line = |x1: f64, x2: f64, y1: f64, y2: f64| {
+            format!("<line class='grid' x1='{x1:.1}' x2='{x2:.1}' y1='{y1:.1}' y2='{y2:.1}'/>")
+        };
+        let mut out = String::new();
+        for &x in &self.xs {
+            let at = self.x(x);
+            out += &line(at, at, TOP, bottom);
+            out += &text(at, bottom + 18.0, "middle", &label(x));
+        }
+        for &y in &self.ys {
+            let at = self.y(y);
+            out += &line(LEFT, right, at, at);
+            out += &text(LEFT - 8.0, at + 4.0, "end", &label(y));
+        }
+        out += &text((LEFT + right) / 2.0, HEIGHT - 8.0, "middle", x_name);
+        let turned = text(0.0, 0.0, "middle", y_name);
+        let (x, y) = (14.0, (TOP + bottom) / 2.0);
+        out + &format!("<g transform='translate({x} {y}) rotate(-90)'>{turned}</g>")
+    }
+
+    /// A series, with its line in the legend.
+    fn series(&self, i: usize, series: &Series) -> String {
+        let colour = COLOURS[i % COLOURS.len()];
+        // What has the colour of another is dashed.
+        let dash = if i < COLOURS.len() { "" } else { " stroke-dasharray='2 3'" };
+        let mut out = String::new();
+        if series.joined {
+            let points = self.path(series.points.iter().map(|p| (p.x, p.y)));
+            out += &format!("<polyline fill='none' stroke='{colour}'{dash} points='{points}'/>");
+        }
+        let circle = |x: f64, y: f64, title: &str| {
+            let title = escape(title);
+            format!(
+                "<circle cx='{x:.1}' cy='{y:.1}' r='4' fill='{colour}'><title>{title}</title></circle>"
+            )
+        };
+        for point in &series.points {
+            let (x, y) = (self.x(point.x), self.y(point.y));
+            out += &circle(x, y, &point.title);
+            if !point.mark.is_empty() {
+                out += &text(x + 8.0, y - 6.0, "start", &point.mark);
+            }
+        }
+        let (x, y) = (WIDTH - RIGHT + 16.0, TOP + 12.0 + 18.0 * i as f64);
+        out + &circle(x, y, &series.name) + &text(x + 10.0, y + 4.0, "start", &series.name)
+    }
+}
+
+/// Where a value lies between the first tick and the last.
+fn share(ticks: &[f64], value: f64) -> f64 {
+    let (first, last) = (ticks[0], ticks[ticks.len() - 1]);
+    (value - first) / (last - first)
+}
+
+fn text(x: f64, y: f64, anchor: &str, text: &str) -> String {
+    format!("<text x='{x:.1}' y='{y:.1}' text-anchor='{anchor}'>{}</text>", escape(text))
 }
 
 #[cfg(test)]
@@ -169,11 +197,9 @@ mod tests {
 
     #[test]
     fn what_users_name_cannot_break_the_page() {
-        let series = Series {
-            name: "<b>".to_owned(),
-            points: vec![(1.0, 1.0, "\"&".to_owned())],
-            joined: true,
-        };
+        let (title, mark) = ("\"&".to_owned(), "'".to_owned());
+        let point = Point { x: 1.0, y: 1.0, title, mark };
+        let series = Series { name: "<b>".to_owned(), points: vec![point], joined: true };
         let plot = Plot { x: "x", y: "y", series: vec![series], front: vec![], from_zero: false };
         let svg = plot.svg();
         assert!(svg.contains("&lt;b&gt;") && svg.contains("&quot;&amp;") && !svg.contains("<b>"));
