@@ -72,7 +72,7 @@ impl Outcome {
 
     /// Whether it is this generation.
     pub fn is(&self, arm: &str, task: usize, repeat: u32) -> bool {
-        self.arm == arm && self.task == task && self.repeat == repeat
+        self.task == task && self.repeat == repeat && self.arm == arm
     }
 
     /// As a line of a journal.
