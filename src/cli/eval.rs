@@ -264,7 +264,8 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     // Whatever meters there are: the table has a column for them.
     let mut metering = args.meters.start(Some(0.0))?;
     let (model, draft) = (args.model.as_deref(), args.draft.as_deref());
-    let pair = metering.load(|| load_pair(model, draft, loaded_for, &args.device))?;
+    let load = args.device.load_options();
+    let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };
     let tasks = that_fit(tasks, &pair, &options)?;
     let mut journal = Journal::in_memory();

@@ -17,7 +17,7 @@ use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Request, StopReason};
 use crate::model::SessionOptions;
-use crate::pair::Pair;
+use crate::pair::{LoadOptions, Pair};
 use crate::sampling::Warp;
 
 /// Generate text after a prompt
@@ -232,7 +232,8 @@ impl RunArgs {
 
     /// Loads the pair, without a draft where the strategy has no use for one.
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
-        load_pair(self.model.as_deref(), self.draft.as_deref(), strategy, &self.device)
+        let options = self.device.load_options();
+        load_pair(self.model.as_deref(), self.draft.as_deref(), strategy, &options)
     }
 }
 
@@ -241,12 +242,11 @@ pub(super) fn load_pair(
     model: Option<&Path>,
     draft: Option<&Path>,
     strategy: Strategy,
-    device: &DeviceArgs,
+    options: &LoadOptions,
 ) -> Result<Pair> {
-    let options = device.load_options();
     let mut bar = loading_bar();
     let Some(model) = model else {
-        return Pair::builtin(strategy.needs_draft(), &options, &mut bar);
+        return Pair::builtin(strategy.needs_draft(), options, &mut bar);
     };
     let draft = match draft {
         Some(draft) if strategy.needs_draft() => Some(open_model(draft)?),
@@ -257,7 +257,7 @@ pub(super) fn load_pair(
         }
         _ => None,
     };
-    Pair::from_files(open_model(model)?, draft, &options, &mut bar)
+    Pair::from_files(open_model(model)?, draft, options, &mut bar)
 }
 
 /// A seed that differs from run to run.
