@@ -140,22 +140,23 @@ fn the_input_and_what_was_there_are_never_lost() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("is the input"));
     assert_eq!(std::fs::read(&input).unwrap(), bytes);
 
-    // A weight that is no number: the old output stays, and nothing half-written.
-    let mut writer = sentencepiece(&["a"]);
-    let mut bad = vec![1f32; 64];
-    bad[40] = f32::NAN;
-    let bad: Vec<u8> = bad.iter().flat_map(|x| x.to_le_bytes()).collect();
-    writer.tensor("blk.0.ffn_up.weight", &[32, 2], BlockType::F32, bad);
-    let broken = at("broken.gguf");
-    std::fs::write(&broken, writer.to_vec()).unwrap();
-    let out = at("out.gguf");
+    // A weight that is no number, or too large: the old output stays, and nothing half-written.
+    let (broken, out) = (at("broken.gguf"), at("out.gguf"));
     std::fs::write(&out, "precious").unwrap();
-    let failed = mtad(&["quantize", path(&broken), path(&out), "Q4_0"]);
-    let stderr = String::from_utf8(failed.stderr).unwrap();
-    assert_eq!(failed.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("blk.0.ffn_up.weight") && stderr.contains("not a finite"), "{stderr}");
-    assert_eq!(std::fs::read(&out).unwrap(), b"precious");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+    for (weight, what) in [(f32::NAN, "not a finite"), (1e9, "too large for Q4_0")] {
+        let mut writer = sentencepiece(&["a"]);
+        let mut bad = vec![1f32; 64];
+        bad[40] = weight;
+        let bad: Vec<u8> = bad.iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.tensor("blk.0.ffn_up.weight", &[32, 2], BlockType::F32, bad);
+        std::fs::write(&broken, writer.to_vec()).unwrap();
+        let failed = mtad(&["quantize", path(&broken), path(&out), "Q4_0"]);
+        let stderr = String::from_utf8(failed.stderr).unwrap();
+        assert_eq!(failed.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("blk.0.ffn_up.weight") && stderr.contains(what), "{stderr}");
+        assert_eq!(std::fs::read(&out).unwrap(), b"precious");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+    }
 
     for (args, code, what) in [
         (&["nowhere.gguf", "x.gguf", "Q4_0"][..], 1, "nowhere.gguf"),

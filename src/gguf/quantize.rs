@@ -223,24 +223,29 @@ fn store(
                 (error, weights.iter().map(|&x| square(x)).sum::<f64>())
             })
             .reduce(|| (0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
-        if !(sums.0.is_finite() && sums.1.is_finite()) {
-            let worst = weights.iter().copied().fold(0f32, |worst, x| {
-                if x.is_nan() || worst.is_nan() { f32::NAN } else { worst.max(x.abs()) }
-            });
-            let what = match worst.is_finite() {
-                true => {
-                    format!("has a weight of magnitude {worst}, beyond {now}; BF16 would hold it")
-                }
-                false => "has a weight that is not a finite number".to_owned(),
-            };
-            return Err(Error::format(tensor.file, format!("tensor `{}` {what}", tensor.name)));
-        }
+        check(tensor, now, &weights)?;
         entry.squared_error += sums.0;
         entry.squares += sums.1;
         out.write_all(&blocks).map_err(io)?;
         proceed(entry, bytes.len())?;
     }
     Ok(())
+}
+
+/// Refuses weights that a type cannot hold: the scales of blocks are f16.
+fn check(tensor: &Tensor<'_>, now: BlockType, weights: &[f32]) -> Result<()> {
+    let most = match now {
+        BlockType::F32 | BlockType::BF16 => f32::MAX,
+        _ => half::f16::MAX.to_f32(),
+    };
+    let Some(x) = weights.iter().find(|x| x.is_nan() || x.abs() > most) else {
+        return Ok(());
+    };
+    let what = match x.is_finite() {
+        true => format!("has the weight {x}, too large for {now}; BF16 would hold it"),
+        false => format!("has a weight that is not a finite number ({x})"),
+    };
+    Err(Error::format(tensor.file, format!("tensor `{}` {what}", tensor.name)))
 }
 
 /// A file that is not whole yet, removed unless it is published.
