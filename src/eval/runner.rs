@@ -8,7 +8,6 @@ use super::{Arm, Journal, Outcome, Task};
 use crate::decode::{CostTable, Settings, Strategy};
 use crate::error::Result;
 use crate::generation::{Generation, Request, Session};
-use crate::gguf::Gguf;
 use crate::model::SessionOptions;
 use crate::pair::Pair;
 
@@ -175,8 +174,7 @@ pub fn fingerprint(pair: &Pair, tasks: &[Task], shared: &[&dyn std::fmt::Debug])
     let mut hash = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut hash);
     for model in [Some(pair.target()), pair.draft()].into_iter().flatten() {
-        content(model.file(), &mut hash);
-        model.device().describe().hash(&mut hash);
+        (model.digest(), model.device().describe()).hash(&mut hash);
     }
     for task in tasks {
         (&task.prompt, &task.stop, task.max_tokens).hash(&mut hash);
@@ -186,12 +184,4 @@ pub fn fingerprint(pair: &Pair, tasks: &[Task], shared: &[&dyn std::fmt::Debug])
         format!("{setting:?}").hash(&mut hash);
     }
     format!("{:016x}", hash.finish())
-}
-
-/// A model by the beginning of each of its tensors: reading all of a large one takes minutes.
-fn content(file: &Gguf, hash: &mut impl Hasher) {
-    file.file_len().hash(hash);
-    for tensor in file.tensors() {
-        (tensor.name, tensor.block_type, &tensor.bytes[..tensor.bytes.len().min(4096)]).hash(hash);
-    }
 }
