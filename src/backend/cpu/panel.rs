@@ -20,6 +20,7 @@
 //! file's blocks, but for padding to 64 bytes and to whole panels.
 
 use bytemuck::Zeroable;
+use memmap2::MmapMut;
 
 use super::simd::Simd;
 use super::{Shared, share};
@@ -63,7 +64,7 @@ pub(super) struct Panels {
 #[derive(Debug)]
 enum Weights {
     /// Packed once, all panels one after the other.
-    Packed(Box<[Line]>),
+    Packed(MmapMut),
     /// In the file: each panel is packed when it is used.
     Mapped(SharedTensor, Layout),
 }
@@ -90,8 +91,8 @@ impl Panels {
         let layout = layout_of(tensor)?;
         let (scale_bytes, stride) = layout.sizes(tensor);
         let (count, lines) = (tensor.rows.div_ceil(ROWS), stride / size_of::<Line>());
-        let mut data = vec![Line::zeroed(); count * lines].into_boxed_slice();
-        let to = Shared(data.as_mut_ptr());
+        let mut data = memory(tensor, count * stride)?;
+        let to = Shared(data.as_mut_ptr().cast::<Line>());
         let parts = count.min(64);
         on_all(parts, &|part| {
             for p in share(count, part, parts) {
@@ -133,9 +134,7 @@ impl Panels {
     /// The first byte of a panel. It may lie on the bench, until the next one is put there.
     pub fn panel(&self, p: usize, bench: &mut Bench) -> *const u8 {
         match &self.weights {
-            Weights::Packed(data) => {
-                bytemuck::cast_slice::<_, u8>(data)[p * self.stride..].as_ptr()
-            }
+            Weights::Packed(data) => data[p * self.stride..].as_ptr(),
             Weights::Mapped(weight, layout) => {
                 bench.0.clear();
                 bench.0.resize(self.stride / size_of::<Line>(), Line::zeroed());
@@ -144,6 +143,17 @@ impl Panels {
             }
         }
     }
+}
+
+/// Zeroed memory for a tensor's panels, in large pages where the system has them: a pass streams
+/// through all of it, and looking up small pages costs as much as waiting for memory.
+fn memory(tensor: &Tensor<'_>, bytes: usize) -> Result<MmapMut> {
+    // (A map of nothing is an error.)
+    let map = MmapMut::map_anon(bytes.max(1)).map_err(|source| Error::io(tensor.file, source))?;
+    // Advice: where it is not taken, pages are small.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(map)
 }
 
 /// How a tensor is packed.
