@@ -1,11 +1,13 @@
 """Reads a pair of files back and measures it, sharing no code with the recipe: a plain NumPy
 forward pass and tokenizer over what gguf-py's reader finds in the file.
 
-    python models/recipe/check.py models/target.gguf models/draft.gguf --text DIR/tinystories_valid.txt
+    python models/recipe/check.py models/target.gguf models/draft.gguf --text DIR/tinystories_valid.txt \\
+        --questions models/questions.jsonl
 """
 
 import argparse
 import heapq
+import json
 
 import gguf
 import numpy as np
@@ -115,11 +117,21 @@ def sample(m, prompt, temperature, seed):
     return m.decode(ids[1:-1])
 
 
+def answer(m, prompt, longest=8):
+    """The best token after token, up to the end of the line."""
+    ids = [m.bos, *m.encode(prompt)]
+    while len(ids) < m.context and longest and ids[-1] != m.eos and "\n" not in m.decode(ids[1:])[len(prompt):]:
+        ids.append(int(m.logits(ids)[-1].argmax()))
+        longest -= 1
+    return m.decode([i for i in ids[1:] if i != m.eos])[len(prompt):].split("\n")[0].strip()
+
+
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("target")
     a.add_argument("draft")
     a.add_argument("--text", help="held-out text; all of it is predicted, each run of 511 tokens behind its own <s>")
+    a.add_argument("--questions", help="JSON lines of a prompt and its answer")
     a.add_argument("--prompt", default="Once upon a time, there was a little fox who")
     a.add_argument("--temperature", default=0.8, type=float)
     a.add_argument("--seed", default=1, type=int)
@@ -145,6 +157,12 @@ def main():
         for name in pair:
             print(f"{name}: perplexity {np.exp(nll[name] / len(ids)):.4f} over {len(ids):,} tokens")
         print(f"sum of min(p, q) {kept / len(ids):.3f}, same best token {same / len(ids):.3f}")
+    if a.questions:
+        with open(a.questions, encoding="utf-8") as f:
+            asked = [json.loads(line) for line in f]
+        for name, m in pair.items():
+            right = sum(answer(m, q["prompt"]) == q["answer"] for q in asked)
+            print(f"{name}: {right} of {len(asked)} questions answered rightly")
     for n in range(a.samples):
         print("---\n" + sample(pair["target"], a.prompt, a.temperature, a.seed + n))
 

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+import questions
+
 VOCAB = 2048
 BOS, EOS = 1, 2
+QUESTIONS = 0.25  # of the tokens trained on
+ANSWER_WEIGHT = 8  # in the loss: an answer is two or three tokens of thirty
 
 
 def stories(corpus):
@@ -34,22 +38,43 @@ def tokenizer(corpus, path):
 
 
 class TrainingRows:
-    """Batches of rows cut from shuffled stories, `<s> story </s>` one after another. The paragraphs
-    of a story are parted by one newline or, on a toss in every epoch, by an empty line."""
+    """Batches of rows cut from shuffled texts, `<s> text </s>` one after another: every story once in an epoch, and
+    new questions in every epoch. The paragraphs of a story are parted by one newline or, on a toss in every
+    epoch, by an empty line.
+
+    A batch has shape (rows, 2, length + 1): tokens, and how much each weighs in the loss."""
 
     def __init__(self, corpus, sp, batch, length, seed):
         texts = stories(corpus)
-        self.styles = [[np.array([BOS, *ids, EOS], np.int16) for ids in sp.encode(ts)]
+        self.styles = [[self.framed(ids) for ids in sp.encode(ts)]
                        for ts in (texts, [t.replace("\n", "\n\n") for t in texts])]
-        self.batch, self.length, self.seed = batch, length, seed
+        self.sp, self.batch, self.length, self.seed = sp, batch, length, seed
+
+    @staticmethod
+    def framed(ids, answer=None):
+        """`answer` is where the answer begins; it ends with </s>, which weighs as much."""
+        out = np.ones((2, len(ids) + 2), np.int16)
+        out[0] = [BOS, *ids, EOS]
+        if answer is not None:
+            out[1, answer + 1:] = ANSWER_WEIGHT
+        return out
+
+    def questions(self, epoch, tokens):
+        asked = []
+        for prompt, answer in questions.training((self.seed << 32) + epoch):
+            if tokens <= 0:
+                return asked
+            asked.append(self.framed(self.sp.encode(f"{prompt} {answer}"), len(self.sp.encode(prompt))))
+            tokens -= asked[-1].shape[1]
 
     def epoch(self, number):
         rng = np.random.default_rng((self.seed, number))
-        order = rng.permutation(len(self.styles[0]))
-        toss = rng.integers(0, 2, len(order))
-        stream = np.concatenate([self.styles[toss[i]][i] for i in order])
-        count = (len(stream) - 1) // self.length
-        rows = np.stack([stream[i * self.length:][:self.length + 1] for i in range(count)])
+        toss = rng.integers(0, 2, len(self.styles[0]))
+        texts = [pair[t] for t, *pair in zip(toss, *self.styles)]
+        texts += self.questions(number, sum(t.shape[1] for t in texts) * QUESTIONS / (1 - QUESTIONS))
+        stream = np.concatenate([texts[i] for i in rng.permutation(len(texts))], 1)
+        count = (stream.shape[1] - 1) // self.length
+        rows = np.stack([stream[:, i * self.length:][:, :self.length + 1] for i in range(count)])
         rows = rows[rng.permutation(count)]
         return [rows[i:i + self.batch].astype(np.int64) for i in range(0, count - self.batch + 1, self.batch)]
 

@@ -99,7 +99,7 @@ class Llama(nn.Module):
 
     def forward(self, ids):
         x = self.drop(self.token_embd(ids))
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(ids.device.type):
             x = x.bfloat16()
         cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
         for block in self.blk:

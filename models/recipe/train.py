@@ -16,6 +16,7 @@ if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # keep freed memory: a tenth fas
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(1 << 32), MALLOC_TRIM_THRESHOLD_=str(1 << 34))
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
+import gguf
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,11 @@ from gguf.quants import dequantize
 
 import data
 import export
+import questions
 from model import Config, Llama
 
 ROW = 512
-LIMIT = 4_000_000  # bytes of both files together
-CONFIGS = {"target": Config(width=256, layers=5, heads=4, ffn=768, context=ROW, dropout=0.05),
-           "draft": Config(width=128, layers=1, heads=2, ffn=256, context=ROW)}
+LIMIT = 15_000_000  # bytes of both files together
 MATRIX_TYPES = [Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0]
 
 
@@ -37,59 +37,81 @@ def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def rate(step, steps, peak, warmup=100, cooldown=1 / 3):
+def rate(step, steps, peak, warmup=50, cooldown=0.6):
     """Warm up, stay, fall linearly. A run can be lengthened or shortened until the fall begins."""
     left = (steps - step) / (cooldown * steps)
     return peak * min(1.0, (step + 1) / warmup, max(left, 0.01))
 
 
-def autocast():
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+def begin_with(model, path):
+    """Takes the weights of a file; layers that it does not have begin as if they were not there."""
+    found = {t.name: torch.from_numpy(np.array(dequantize(t.data, t.tensor_type)).reshape(t.shape[::-1]))
+             for t in gguf.GGUFReader(path).tensors}
+    for name, p in model.named_parameters():
+        if name in found:
+            p.data.copy_(found[name])
+        elif name.endswith(("attn_output.weight", "ffn_down.weight")):
+            p.data.zero_()
 
 
-def train(name, loss_of, model, rows, steps, peak, work, compiled, every=200):
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    whole = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": whole, "weight_decay": 0.0}],
-                                  lr=peak, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    path, start, spent = work / f"{name}.pt", 0, 0.0
+def losses(target, draft, ids, following, weight, own=0.3):
+    """The target's is the next token's. The draft's is three parts that, and seven parts the target's distribution."""
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+        logits, proposed = target(ids), draft(ids)
+    logits, log_q = logits.float().flatten(0, 1), F.log_softmax(proposed.float().flatten(0, 1), -1)
+    following, weight = following.flatten(), weight.flatten() / weight.sum()
+    first = F.cross_entropy(logits, following, reduction="none")
+    second = F.nll_loss(log_q, following, reduction="none")
+    apart = -(F.softmax(logits.detach(), -1) * log_q).sum(-1)
+    return (weight * first).sum(), (weight * (own * second + (1 - own) * apart)).sum()
+
+
+def train(target, draft, rows, a, every=50):
+    groups = [{"params": [p for p in model.parameters() if (p.dim() == 2) == matrices], "peak": peak,
+               "weight_decay": 0.1 if matrices else 0.0}
+              for model, peak in ((target, a.target_rate), (draft, a.draft_rate)) for matrices in (True, False)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    path, start, spent = a.work / "pair.pt", 0, 0.0
     if path.exists():
-        saved = torch.load(path)
-        model.load_state_dict(saved["model"])
+        saved = torch.load(path, map_location=a.device)
+        target.load_state_dict(saved["target"])
+        draft.load_state_dict(saved["draft"])
         optimizer.load_state_dict(saved["optimizer"])
         start, spent = saved["step"], saved["seconds"]
-    say(f"{name}: {model.parameter_count():,} parameters, steps {start} to {steps}")
-    if start >= steps:
+    say(f"{target.parameter_count():,} and {draft.parameter_count():,} parameters, steps {start} to {a.steps}")
+    if start >= a.steps:
         return
-    if compiled:
-        loss_of = torch.compile(loss_of)
+    losses_of = losses if a.no_compile else torch.compile(losses)
 
-    model.train()
+    target.train()
+    draft.train()
     began = marked = time.time()
-    running, count = 0.0, 0
-    for step, batch in zip(range(start, steps), rows.from_step(start)):
-        torch.manual_seed(rows.seed * 1_000_003 + step)  # dropout's masks, the same after a resume
+    sums, count = np.zeros(2), 0
+    for step, batch in zip(range(start, a.steps), rows.from_step(start)):
+        torch.manual_seed(a.seed * 1_000_003 + step)  # dropout's masks, the same after a resume
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, peak)
-        batch = torch.from_numpy(batch)
-        loss = loss_of(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            group["lr"] = rate(step, a.steps, group["peak"])
+        batch = torch.from_numpy(batch).to(a.device)
+        ids, following, weight = batch[:, 0, :-1], batch[:, 0, 1:], batch[:, 1, 1:]
+        both = losses_of(target, draft, ids.contiguous(), following.contiguous(), weight.contiguous())
+        sum(both).backward()
+        for model in (target, draft):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        running, count, done = running + loss.item(), count + 1, step + 1
-        if done % 20 == 0 or done == steps:
+        sums, count, done = sums + [loss.item() for loss in both], count + 1, step + 1
+        if done % 10 == 0 or done == a.steps:
             now = time.time()
-            eta = (now - began) / (done - start) * (steps - done)
-            say(f"{name} step {done}/{steps} loss {running / count:.4f} "
-                f"{count * batch[:, 1:].numel() / (now - marked):,.0f} tokens/s ETA {eta / 60:.1f} min")
-            running, count, marked = 0.0, 0, now
-        if done % every == 0 or done == steps:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                     "seconds": spent + time.time() - began}
+            eta = (now - began) / (done - start) * (a.steps - done)
+            say(f"step {done}/{a.steps} target {sums[0] / count:.4f} draft {sums[1] / count:.4f} "
+                f"{count * ids.numel() / (now - marked):,.0f} tokens/s ETA {eta / 60:.1f} min")
+            sums, count, marked = np.zeros(2), 0, now
+        if done % every == 0 or done == a.steps:
+            saved = {"target": target.state_dict(), "draft": draft.state_dict(), "optimizer": optimizer.state_dict(),
+                     "step": done, "seconds": spent + time.time() - began}
             torch.save(saved, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-    say(f"{name}: {(spent + time.time() - began) / 60:.1f} minutes in all")
+    say(f"{(spent + time.time() - began) / 60:.1f} minutes in all")
 
 
 @torch.no_grad()
@@ -99,7 +121,7 @@ def held_out(model, rows):
     total = tokens = 0
     for i in range(0, len(rows), 8):
         for group in {len(r): [x for x in rows[i:i + 8] if len(x) == len(r)] for r in rows[i:i + 8]}.values():
-            ids = torch.from_numpy(np.stack(group))
+            ids = torch.from_numpy(np.stack(group)).to(model.output_norm.weight.device)
             logits = model(ids[:, :-1])
             total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
             tokens += ids[:, 1:].numel()
@@ -110,13 +132,28 @@ def held_out(model, rows):
 def acceptance(target, draft, rows):
     taken = []
     for r in rows:
-        p, q = (torch.softmax(m.eval()(torch.from_numpy(r[None])), -1) for m in (target, draft))
+        p, q = (torch.softmax(m.eval()(torch.from_numpy(r[None]).to(target.output_norm.weight.device)), -1)
+                for m in (target, draft))
         taken.append(torch.minimum(p, q).sum(-1).mean().item())
     return float(np.mean(taken))
 
 
+@torch.no_grad()
+def answers(model, sp):
+    """The share of the held-out questions that greedy text answers rightly, by kind and in all."""
+    right = {}
+    for kind, prompt, answer in questions.held_out():
+        ids = [data.BOS, *sp.encode(prompt)]
+        given = len(ids)
+        while ids[-1] != data.EOS and len(ids) < given + 8:
+            ids.append(int(model.eval()(torch.tensor([ids], device=model.output_norm.weight.device))[0, -1].argmax()))
+        text = sp.decode(ids[1:])[len(prompt):].split("\n")[0].strip()
+        right.setdefault(kind, []).append(text == answer)
+    return {"all": np.mean(list(right.values()))} | {kind: np.mean(r) for kind, r in right.items()}
+
+
 def tensors_of(model):
-    return {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
 
 
 def rounded(model, kind):
@@ -124,7 +161,12 @@ def rounded(model, kind):
     other = Llama(model.config)
     other.load_state_dict({name: torch.from_numpy(np.array(dequantize(d, k)).reshape(model.state_dict()[name].shape))
                            for name, k, d in export.quantized(tensors_of(model), kind)})
-    return other
+    return other.to(model.output_norm.weight.device)
+
+
+def shape(text):
+    layers, width, heads, ffn = map(int, text.split(","))
+    return Config(width=width, layers=layers, heads=heads, ffn=ffn, context=ROW)
 
 
 def main():
@@ -132,10 +174,17 @@ def main():
     a.add_argument("--corpus", required=True, type=Path)
     a.add_argument("--out", default=Path("models"), type=Path)
     a.add_argument("--work", default=Path("train-work"), type=Path, help="checkpoints")
-    a.add_argument("--target-steps", default=1500, type=int)
-    a.add_argument("--draft-steps", default=1600, type=int)
+    a.add_argument("--start", type=Path, help="begin with the weights of target.gguf and draft.gguf in this folder")
+    a.add_argument("--steps", default=1500, type=int)
     a.add_argument("--batch", default=16, type=int, help="rows of %d tokens in a step" % ROW)
+    a.add_argument("--target", default="5,256,4,768", type=shape, help="layers,width,heads,feed-forward")
+    a.add_argument("--draft", default="1,128,2,256", type=shape, help="the same of the draft")
+    a.add_argument("--target-rate", default=2e-3, type=float, help="highest learning rate")
+    a.add_argument("--draft-rate", default=4e-3, type=float)
+    a.add_argument("--dropout", default=0.05, type=float, help="of the target")
+    a.add_argument("--target-type", default="Q8_0", choices=[kind.name for kind in MATRIX_TYPES])
     a.add_argument("--seed", default=1, type=int)
+    a.add_argument("--device", default="cpu", help="cpu or cuda")
     a.add_argument("--threads", default=os.cpu_count(), type=int)
     a.add_argument("--no-compile", action="store_true", help="without a C++ compiler; slower")
     a = a.parse_args()
@@ -146,49 +195,37 @@ def main():
     sp = data.tokenizer(a.corpus, a.work / "tokenizer.model")
     rows = data.TrainingRows(a.corpus, sp, a.batch, ROW, a.seed)
     valid = data.held_out_rows(a.corpus, sp, ROW)
-    say(f"{sum(map(len, rows.styles[0])):,} training tokens in {len(rows.styles[0]):,} stories")
+    say(f"{sum(t.shape[1] for t in rows.styles[0]):,} tokens in {len(rows.styles[0]):,} stories")
 
     torch.manual_seed(a.seed)
-    target, draft = Llama(CONFIGS["target"]), Llama(CONFIGS["draft"])
-
-    def target_loss(ids, following):
-        with autocast():
-            logits = target(ids)
-        return F.cross_entropy(logits.float().flatten(0, 1), following.flatten())
-
-    def draft_loss(ids, following, own=0.3):
-        """The corpus's next token, and the target's distribution over it."""
-        with autocast():
-            logits = draft(ids)
-            with torch.no_grad():
-                teacher = target(ids)
-        logp = F.log_softmax(logits.float().flatten(0, 1), -1)
-        p = F.softmax(teacher.float().flatten(0, 1), -1)
-        return own * F.nll_loss(logp, following.flatten()) - (1 - own) * (p * logp).sum(-1).mean()
-
-    train("target", target_loss, target, rows, a.target_steps, 2e-3, a.work, not a.no_compile)
-    target.eval()
-    train("draft", draft_loss, draft, rows, a.draft_steps, 4e-3, a.work, not a.no_compile)
+    a.target.dropout = a.dropout
+    pair = {"target": Llama(a.target), "draft": Llama(a.draft)}
+    for name, model in pair.items():
+        if a.start:
+            begin_with(model, a.start / f"{name}.gguf")
+        model.to(a.device)
+    target, draft = pair.values()
+    train(target, draft, rows, a)
 
     note = "Writes short children's stories. Trained on TinyStories (Eldan and Li)."
-    say("draft: whole %.4f, Q8_0 %.4f over %d tokens" % (held_out(draft, valid)[0], *held_out(rounded(draft, Type.Q8_0), valid)))
-    export.write(a.out / "draft.gguf", tensors_of(draft), draft.config, sp, "mtad stories draft", note, Type.Q8_0)
-    room = LIMIT - (a.out / "draft.gguf").stat().st_size
-
-    say("target: whole %.4f" % held_out(target, valid)[0])
-    fitting = []
-    for kind in MATRIX_TYPES:
-        file = a.work / f"target-{kind.name}.gguf"
-        export.write(file, tensors_of(target), target.config, sp, "mtad stories target", note, kind)
-        size, perplexity = file.stat().st_size, held_out(rounded(target, kind), valid)[0]
-        say(f"target: {kind.name} {perplexity:.4f}, {size:,} bytes{'' if size < room else ', too large'}")
-        if size < room:
-            fitting.append((perplexity, kind, file))
-    _, kind, file = min(fitting)
-    shutil.copyfile(file, a.out / "target.gguf")
-    say(f"target: {kind.name} it is")
+    kinds = {"target": Type[a.target_type], "draft": Type.Q8_0}
+    for name, model in pair.items():
+        say(f"{name}: whole %.4f over %d tokens" % held_out(model, valid))
+        for kind in MATRIX_TYPES:
+            file = a.work / f"{name}-{kind.name}.gguf"
+            export.write(file, tensors_of(model), model.config, sp, f"mtad stories {name}", note, kind)
+            back = rounded(model, kind)
+            say(f"{name}: {kind.name} {held_out(back, valid)[0]:.4f}, {file.stat().st_size:,} bytes, "
+                f"right answers {answers(back, sp)['all']:.1%}")
+            if kind == kinds[name]:
+                shutil.copyfile(file, a.out / f"{name}.gguf")
+    pair = {name: rounded(model, kinds[name]) for name, model in pair.items()}
+    for name, model in pair.items():
+        say(f"{name}, right answers: " + ", ".join(f"{kind} {share:.0%}" for kind, share in answers(model, sp).items()))
     say("sum of min(p, q) on held-out text, the rate at which draft tokens are accepted: %.3f"
-        % acceptance(rounded(target, kind), rounded(draft, Type.Q8_0), valid))
+        % acceptance(*pair.values(), valid))
+    size = sum((a.out / f"{name}.gguf").stat().st_size for name in pair)
+    assert size < LIMIT, f"both files take {size:,} bytes, more than {LIMIT:,}"
 
 
 if __name__ == "__main__":
