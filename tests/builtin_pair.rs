@@ -104,6 +104,34 @@ fn mtad_writes_likelier_text_in_fewer_passes_than_speculative_sampling() {
     assert!(mtad.0 < speculative.0 && mtad.1 > speculative.1, "{speculative:?} {mtad:?}");
 }
 
+/// How many of the held-out questions are answered rightly, and how many there are.
+fn right_answers(pair: &Pair, request: &Request) -> (usize, usize) {
+    let mut session = pair.session(&SessionOptions::default());
+    let questions = include_str!("../models/questions.jsonl").lines();
+    let right = questions.clone().filter(|line| {
+        let question: serde_json::Value = serde_json::from_str(line).unwrap();
+        let generation = session.generate(question["prompt"].as_str().unwrap(), request).unwrap();
+        let text: String = generation.map(|piece| piece.unwrap().text).collect();
+        text.lines().next().unwrap_or("").trim() == question["answer"]
+    });
+    (right.count(), questions.count())
+}
+
+#[test]
+fn questions_find_their_answers() {
+    let greedy = Settings {
+        strategy: Strategy::Greedy,
+        warp: Warp { temperature: 0.0, ..Warp::default() },
+        ..Settings::default()
+    };
+    let request = Request { settings: greedy, max_tokens: Some(8), ..Request::default() };
+    let small = builtin_file("draft").unwrap();
+    let alone = Pair::from_files(small, None, &LoadOptions::default(), &mut |_, _| true).unwrap();
+    let (target, draft) = (right_answers(&pair(), &request), right_answers(&alone, &request));
+    println!("right answers: target {target:?}, draft {draft:?}");
+    assert!(target.0 > draft.0 && target.0 * 4 > target.1, "{target:?} {draft:?}");
+}
+
 #[test]
 fn rows_give_the_same_bits_in_any_company() {
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {

@@ -19,6 +19,11 @@ def quantized(tensors, matrix_type):
         yield name, kind, quantize(np.ascontiguousarray(array, np.float32), kind)
 
 
+def size(tensors, matrix_type):
+    """Bytes of all weights in a file of this type."""
+    return sum(data.nbytes for _, _, data in quantized(tensors, matrix_type))
+
+
 def write(path, tensors, config, sp, name, description, matrix_type):
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_name(name)
