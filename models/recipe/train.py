@@ -6,6 +6,7 @@ DIR holds tinystories_train.txt (trained on) and tinystories_valid.txt (measured
 Stopped and started again with the same --work it goes on from the last checkpoint."""
 
 import argparse
+import copy
 import os
 import sys
 import time
@@ -174,6 +175,8 @@ def main():
     a.add_argument("--out", default=Path("models"), type=Path)
     a.add_argument("--work", default=Path("train-work"), type=Path, help="checkpoints")
     a.add_argument("--start", type=Path, help="begin with the weights of target.gguf and draft.gguf in this folder")
+    a.add_argument("--keep-start", default=0.0, type=float,
+                   help="share of the weights begun with in what is written: less forgotten, less learnt")
     a.add_argument("--steps", default=1500, type=int)
     a.add_argument("--batch", default=16, type=int, help="rows of %d tokens in a step" % ROW)
     a.add_argument("--target", default="5,256,4,768", type=shape, help="layers,width,heads,feed-forward")
@@ -203,8 +206,10 @@ def main():
         if a.start:
             begin_with(model, a.start / f"{name}.gguf")
         model.to(a.device)
-    target, draft = pair.values()
-    train(target, draft, rows, a)
+    begun = [copy.deepcopy(model.state_dict()) for model in pair.values()]
+    train(*pair.values(), rows, a)
+    for model, old in zip(pair.values(), begun):
+        model.load_state_dict({k: torch.lerp(w, old[k], a.keep_start) for k, w in model.state_dict().items()})
 
     note = "Writes short children's stories, and answers small questions. Trained on TinyStories (Eldan and Li)."
     kinds = {"target": Type[a.target_type], "draft": Type.Q8_0}
