@@ -58,6 +58,14 @@ pub enum Error {
         /// What the driver said.
         reason: String,
     },
+    /// A device refused to do something, and is still there.
+    #[error("device {device}: {what}")]
+    Device {
+        /// The device's name.
+        device: String,
+        /// What it was, in the driver's words.
+        what: String,
+    },
     /// A callback asked to stop.
     #[error("stopped on request")]
     Cancelled,

@@ -42,8 +42,8 @@
 //! | [`eval`] | perplexity, tasks and their scores, strategies side by side | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
-//! A test holds these rules. `unsafe` appears only in the CPU kernels, in the memory map and at the
-//! border to C.
+//! A test holds these rules. `unsafe` appears only in the CPU kernels, where shaders are compiled
+//! without checks, in the memory map and at the border to C.
 //!
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::generation::Session;
 use crate::gguf::Gguf;
@@ -14,27 +13,44 @@ use crate::tokenizer::Tokenizer;
 /// How a pair is loaded.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Where both models run: `cpu`.
+    /// Where the target runs: `cpu`, `gpu`, `gpu:N`, a part of an adapter's name, or `auto`; see
+    /// [`Device::named`].
     pub device: String,
+    /// Where the draft runs; `None` is where the target does.
+    pub draft_device: Option<String>,
+    /// How many layers of the target the GPU runs, the last ones; `None` is all of them.
+    pub gpu_layers: Option<usize>,
     /// CPU threads; 0 is one for each physical core.
     pub threads: usize,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { device: "cpu".to_owned(), threads: 0 }
+        LoadOptions { device: "auto".to_owned(), draft_device: None, gpu_layers: None, threads: 0 }
     }
 }
 
 impl LoadOptions {
-    /// The device that the options name.
+    /// The device that the options name for a target, or a model alone.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if there is none of that name.
+    /// As [`Device::named`].
     pub fn device(&self) -> Result<Device> {
-        match self.device.as_str() {
-            "cpu" => Ok(Device::Cpu(Arc::new(Cpu::new(self.threads)?))),
-            other => Err(Error::invalid(format!("there is no device `{other}`; there is `cpu`"))),
+        Device::named(&self.device, self.threads, self.gpu_layers)
+    }
+
+    /// The device that the options name for a draft, whose target is on `target`: with all of its
+    /// layers, and one that is open already is shared.
+    ///
+    /// # Errors
+    /// As [`Device::named`].
+    pub fn draft_device(&self, target: &Device) -> Result<Device> {
+        match (&self.draft_device, target) {
+            (Some(name), _) if *name != self.device => Device::named(name, self.threads, None),
+            (_, Device::Gpu(on_gpu)) => {
+                Ok(Device::Gpu(crate::model::device::OnGpu { layers: None, ..on_gpu.clone() }))
+            }
+            (_, Device::Cpu(_)) => Ok(target.clone()),
         }
     }
 }
@@ -93,18 +109,43 @@ impl Pair {
     ) -> Result<Self> {
         let start = Instant::now();
         // Vocabularies first: a pair that does not fit is refused before gigabytes are read.
-        let tokenizer = Tokenizer::from_gguf(&target)?;
-        if let Some(draft) = &draft {
-            tokenizer.check_draft(&Tokenizer::from_gguf(draft)?)?;
-        }
+        let tokenizer = fitting(&target, draft.as_ref())?;
         let device = options.device()?;
+        let draft_device = match draft {
+            Some(_) => options.draft_device(&device)?,
+            None => device.clone(),
+        };
+        Self::load(start, tokenizer, (target, &device), draft.map(|d| (d, &draft_device)), progress)
+    }
+
+    /// A pair from open files, each on a device that is open already.
+    ///
+    /// # Errors
+    /// As [`Pair::open`].
+    pub fn on_devices(
+        target: (Gguf, &Device),
+        draft: Option<(Gguf, &Device)>,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let tokenizer = fitting(&target.0, draft.as_ref().map(|(file, _)| file))?;
+        Self::load(start, tokenizer, target, draft, progress)
+    }
+
+    fn load(
+        start: Instant,
+        tokenizer: Tokenizer,
+        (target, device): (Gguf, &Device),
+        draft: Option<(Gguf, &Device)>,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Self> {
         let weights = |file: &Gguf| file.tensors().map(|t| t.bytes.len() as u64).sum::<u64>();
-        let (first, total) =
-            (weights(&target), weights(&target) + draft.as_ref().map_or(0, weights));
-        let target = Model::load(Arc::new(target), &device, &mut |done, _| progress(done, total))?;
+        let first = weights(&target);
+        let total = first + draft.as_ref().map_or(0, |(file, _)| weights(file));
+        let target = Model::load(Arc::new(target), device, &mut |done, _| progress(done, total))?;
         let draft = draft
-            .map(|file| {
-                Model::load(Arc::new(file), &device, &mut |done, _| progress(first + done, total))
+            .map(|(file, device)| {
+                Model::load(Arc::new(file), device, &mut |done, _| progress(first + done, total))
             })
             .transpose()?;
         Ok(Pair { target, draft, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
@@ -118,6 +159,12 @@ impl Pair {
     /// The small model that proposes tokens, if there is one.
     pub fn draft(&self) -> Option<&Model> {
         self.draft.as_ref()
+    }
+
+    /// What a person should know of where the models run; see [`Model::take_notes`].
+    pub fn take_notes(&self) -> Vec<String> {
+        let models = [Some(&self.target), self.draft.as_ref()];
+        models.into_iter().flatten().flat_map(Model::take_notes).collect()
     }
 
     /// The vocabulary of both.
@@ -134,6 +181,15 @@ impl Pair {
     pub fn session(&self, options: &SessionOptions) -> Session {
         Session::new(self, options)
     }
+}
+
+/// The tokenizer of a target, if its draft speaks the same tokens.
+fn fitting(target: &Gguf, draft: Option<&Gguf>) -> Result<Tokenizer> {
+    let tokenizer = Tokenizer::from_gguf(target)?;
+    if let Some(draft) = draft {
+        tokenizer.check_draft(&Tokenizer::from_gguf(draft)?)?;
+    }
+    Ok(tokenizer)
 }
 
 /// A file of the built-in pair: `target` or `draft`.

@@ -21,8 +21,12 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const FREE: &[&str] =
     &["bench", "cli", "capi", "eval", "pair", "generation", "saved", "lib", "main"];
 
-/// Where `unsafe` may appear: kernels, the memory map, and the border to C.
-const MAY_BE_UNSAFE: &[&str] = &["src/backend/cpu/", "src/gguf/mod.rs", "src/capi/"];
+/// Where `unsafe` may appear: kernels, shaders without checks, the memory map, and the border to C.
+const MAY_BE_UNSAFE: &[&str] =
+    &["src/backend/cpu/", "src/backend/gpu/device.rs", "src/gguf/mod.rs", "src/capi/"];
+
+/// The only place that knows of wgpu.
+const HAS_WGPU: &str = "src/backend/gpu/";
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
@@ -95,6 +99,20 @@ fn unsafe_code_stays_in_its_place() {
         }
     }
     assert!(seen > 0, "the search for unsafe code finds nothing");
+}
+
+#[test]
+fn wgpu_stays_in_its_place() {
+    let mut seen = 0;
+    for (file, _, text) in library() {
+        for (number, line) in code(&text) {
+            if line.contains("wgpu::") {
+                seen += 1;
+                assert!(file.starts_with(HAS_WGPU), "{file}:{number}: wgpu belongs in {HAS_WGPU}");
+            }
+        }
+    }
+    assert!(seen > 0, "the search for wgpu finds nothing");
 }
 
 #[test]

@@ -8,6 +8,8 @@
 //! A backend knows nothing of models, decoders or files beyond a tensor's view.
 
 pub mod cpu;
+pub mod gpu;
+pub mod split;
 
 use std::ops::Range;
 
@@ -220,6 +222,9 @@ pub trait Pass<B: Backend + ?Sized> {
     /// out\[i\] = table\[tokens\[i\]\].
     fn embed(&mut self, table: &B::Embedding, out: &mut B::Buffer);
 
+    /// out = `rows`, one after the other: hidden rows that another backend computed.
+    fn write(&mut self, rows: &[f32], out: &mut B::Buffer);
+
     /// out = x / sqrt(mean(x^2) + epsilon) * weight, row by row (RMSNorm; Zhang and Sennrich
     /// 2019, eq. 4).
     fn rms_norm(&mut self, x: &B::Buffer, weight: &B::Vector, epsilon: f32, out: &mut B::Buffer);
@@ -231,7 +236,7 @@ pub trait Pass<B: Backend + ?Sized> {
     fn linear_add(&mut self, x: &B::Buffer, weight: &B::Matrix, out: &mut B::Buffer);
 
     /// Rotates queries and keys by the rows' rotations, and stores keys and values in the
-    /// rows' slots of `layer`.
+    /// rows' slots of `layer`. What `k` holds afterwards is the backend's affair.
     fn rotate_and_store(
         &mut self,
         q: &mut B::Buffer,

@@ -11,7 +11,8 @@ use std::time::Instant;
 
 pub use synthetic::Synthetic;
 
-use crate::backend::cpu::Readable;
+use crate::backend::cpu::{Cpu, Readable};
+use crate::backend::gpu::{Gpu, KernelTimes};
 use crate::error::{Error, Result};
 use crate::model::lm::{Batch, Lm, MAX_TREE, Row, Token, Want, extend};
 use crate::model::{Device, Model, SessionOptions};
@@ -30,6 +31,8 @@ pub struct Plan {
     pub generate: usize,
     /// Rounds: each times every pass once.
     pub rounds: usize,
+    /// Whether to time the kernels of each pass, too, on devices that can.
+    pub kernels: bool,
 }
 
 /// Median and extremes of some seconds.
@@ -57,11 +60,12 @@ pub struct Report {
     /// Where it ran.
     pub device: String,
     /// Which kernels ran.
-    pub kernels: &'static str,
-    /// Read bandwidth in bytes per second, over as much memory as a pass reads.
+    pub kernels: String,
+    /// Bandwidth in bytes per second, over as much memory as a pass reads: of reading on a CPU, of
+    /// copying (bytes read and bytes written) on a GPU.
     pub bandwidth: Spread,
-    /// Byte products per second in registers.
-    pub byte_products: Spread,
+    /// Byte products per second in registers, where they can be measured.
+    pub byte_products: Option<Spread>,
     /// Bytes of weights that a pass reads.
     pub weight_bytes: usize,
     /// Multiplications with weights for each row.
@@ -72,13 +76,16 @@ pub struct Report {
     pub prompts: Vec<(usize, f64)>,
     /// Seconds per token, generating one at a time.
     pub generate: Option<f64>,
+    /// For passes by their rows: each kernel's seconds on the device, and its calls.
+    pub kernel_times: Vec<(usize, KernelTimes)>,
 }
 
 impl Report {
     /// The least that a pass of `rows` rows can take, in seconds.
     pub fn roofline(&self, rows: usize) -> f64 {
         let read = self.weight_bytes as f64 / self.bandwidth.median;
-        read.max((rows * self.macs) as f64 / self.byte_products.median)
+        let products = self.byte_products.map_or(0.0, |s| (rows * self.macs) as f64 / s.median);
+        read.max(products)
     }
 
     /// Seconds of a pass of one row, if it was measured.
@@ -105,6 +112,42 @@ fn time_pass(lm: &mut dyn Lm, rows: usize) -> Result<f64> {
     Ok(seconds)
 }
 
+/// What limits a pass, and how it is measured.
+enum Limits<'a> {
+    Cpu(&'a Cpu, Readable),
+    Gpu(&'a Gpu, usize),
+}
+
+impl<'a> Limits<'a> {
+    fn of(device: &'a Device, bytes: usize) -> Self {
+        match device {
+            Device::Cpu(cpu) => Limits::Cpu(cpu, Readable::new(bytes.clamp(1 << 20, 2 << 30))),
+            Device::Gpu(on_gpu) => Limits::Gpu(&on_gpu.gpu, bytes.clamp(1 << 20, 256 << 20)),
+        }
+    }
+
+    fn kernels(&self) -> String {
+        match self {
+            Limits::Cpu(cpu, _) => cpu.isa().name().to_owned(),
+            Limits::Gpu(gpu, _) => gpu.kernels(),
+        }
+    }
+
+    fn bandwidth(&self) -> Result<f64> {
+        match self {
+            Limits::Cpu(cpu, memory) => Ok(cpu.read_bandwidth(memory)),
+            Limits::Gpu(gpu, bytes) => gpu.copy_bandwidth(*bytes),
+        }
+    }
+
+    fn byte_products(&self) -> Option<f64> {
+        match self {
+            Limits::Cpu(cpu, _) => Some(cpu.byte_products()),
+            Limits::Gpu(..) => None,
+        }
+    }
+}
+
 /// Told how a measurement goes.
 pub trait Observer {
     /// Steps done, and steps in all. Returning false stops.
@@ -123,7 +166,6 @@ pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Resul
     if let Some(rows) = plan.passes.iter().find(|&&rows| rows == 0 || rows > MAX_TREE) {
         return Err(Error::invalid(format!("a pass has 1 to {MAX_TREE} rows, not {rows}")));
     }
-    let Device::Cpu(cpu) = model.device();
     let shape = model.shape();
     let longest = plan.prompts.iter().copied().max().unwrap_or(0);
     let needed = (CACHED + MAX_TREE).max(longest).max(CACHED + plan.generate);
@@ -136,20 +178,38 @@ pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Resul
         if observer.step(done, steps) { Ok(()) } else { Err(Error::Cancelled) }
     };
 
-    let memory = Readable::new(shape.weight_bytes.clamp(1 << 20, 2 << 30));
+    let limits = Limits::of(model.device(), shape.weight_bytes);
     extend(&mut *lm, &tokens(CACHED, shape.vocab_size))?;
     let mut bandwidth = Vec::new();
     let mut byte_products = Vec::new();
     let mut seconds = vec![Vec::new(); plan.passes.len()];
+    // Shaders are compiled when they are first used, and caches grow.
+    for rows in &plan.passes {
+        time_pass(&mut *lm, *rows)?;
+    }
     for _ in 0..plan.rounds.max(1) {
-        bandwidth.push(cpu.read_bandwidth(&memory));
-        byte_products.push(cpu.byte_products());
+        bandwidth.push(limits.bandwidth()?);
+        byte_products.extend(limits.byte_products());
         for (rows, seconds) in plan.passes.iter().zip(&mut seconds) {
             seconds.push(time_pass(&mut *lm, *rows)?);
         }
         step(observer)?;
     }
-    drop(memory);
+    let mut kernel_times = Vec::new();
+    if let (Limits::Gpu(gpu, _), true) = (&limits, plan.kernels) {
+        for &rows in &plan.passes {
+            if !gpu.time_kernels() {
+                return Err(Error::invalid(format!(
+                    "{} cannot time its kernels: it has no timestamps",
+                    model.describe()
+                )));
+            }
+            time_pass(&mut *lm, rows)?;
+            kernel_times.push((rows, gpu.kernel_times()));
+        }
+    }
+    let kernels = limits.kernels();
+    drop(limits);
 
     let mut generate = None;
     if plan.generate > 0 {
@@ -174,14 +234,15 @@ pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Resul
         step(observer)?;
     }
     Ok(Report {
-        device: model.device().describe(),
-        kernels: cpu.isa().name(),
+        device: model.describe(),
+        kernels,
         bandwidth: Spread::of(bandwidth),
-        byte_products: Spread::of(byte_products),
+        byte_products: (!byte_products.is_empty()).then(|| Spread::of(byte_products)),
         weight_bytes: shape.weight_bytes,
         macs: shape.macs,
         passes: plan.passes.iter().copied().zip(seconds.into_iter().map(Spread::of)).collect(),
         prompts,
         generate,
+        kernel_times,
     })
 }

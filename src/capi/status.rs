@@ -77,7 +77,7 @@ impl From<Error> for Failure {
             Error::Invalid(_) => MTAD_ERROR_INVALID,
             Error::Vocabulary(_) => MTAD_ERROR_VOCABULARY,
             Error::ContextFull { .. } => MTAD_ERROR_CONTEXT,
-            Error::DeviceLost { .. } => MTAD_ERROR_DEVICE,
+            Error::Device { .. } | Error::DeviceLost { .. } => MTAD_ERROR_DEVICE,
             Error::Cancelled => MTAD_ERROR_CANCELLED,
         };
         Failure::new(status, error.to_string())

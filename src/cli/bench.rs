@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::metering::{MeterArgs, Metering, Work};
-use super::{DeviceArgs, loading_bar, open_model, print_line};
+use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
 use crate::error::{Error, Result};
@@ -20,7 +20,7 @@ use crate::model::Model;
 ///
 /// A pass over n rows takes at least max(weight bytes / read bandwidth, n x MACs / rate of byte
 /// products). Both limits are measured in the same rounds. Passes run over a cache of 128 rows,
-/// with logits for every row.
+/// with logits for every row. On a GPU the limit is the bandwidth of a copy.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// A GGUF file [default: the built-in target]
@@ -50,6 +50,10 @@ pub struct BenchArgs {
     /// How often each pass is timed
     #[arg(long, value_name = "N", default_value_t = 9)]
     rounds: usize,
+
+    /// On a GPU, show what each kernel of a pass takes, too
+    #[arg(long)]
+    kernels: bool,
 
     /// Print one line of JSON instead of a table
     #[arg(long)]
@@ -105,6 +109,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     };
     let name = file.get_str("general.name").ok().flatten().unwrap_or(file.name()).to_owned();
     let model = Model::load(Arc::new(file), &device, &mut loading_bar())?;
+    print_notes(model.take_notes());
     // The map keeps the file; where systems allow it, it is gone even if the process is killed.
     #[cfg(unix)]
     drop(scratch);
@@ -116,6 +121,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         prompts: args.prompt.iter().copied().filter(|&n| n > 0).collect(),
         generate: args.generate,
         rounds: args.rounds,
+        kernels: args.kernels,
     };
     let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("timing {bar:40} {pos}/{len} {eta}")
@@ -200,12 +206,18 @@ fn to_json(r: &Report) -> serde_json::Value {
         "device": r.device,
         "kernels": r.kernels,
         "bandwidth_gb_s": r.bandwidth.median / GIGA,
-        "int8_gmac_s": r.byte_products.median / GIGA,
+        "int8_gmac_s": r.byte_products.map(|s| s.median / GIGA),
         "weights_bytes_per_pass": r.weight_bytes,
         "macs_per_row": r.macs,
         "passes": passes,
         "prompt": prompt,
         "generate": generate,
+        "kernel_times": r.kernel_times.iter().map(|(rows, times)| json!({
+            "rows": rows,
+            "kernels": times.iter().map(|(name, seconds, calls)| {
+                json!({"kernel": name, "ms": 1e3 * seconds, "calls": calls})
+            }).collect::<Vec<_>>(),
+        })).collect::<Vec<_>>(),
     })
 }
 
@@ -216,7 +228,9 @@ fn print(name: &str, r: &Report) -> Result<()> {
     print_line(format_args!("model      {name}"))?;
     print_line(format_args!("device     {}", r.device))?;
     print_line(format_args!("bandwidth  {} GB/s", spread(&r.bandwidth)))?;
-    print_line(format_args!("int8       {} GMAC/s in registers", spread(&r.byte_products)))?;
+    if let Some(rate) = &r.byte_products {
+        print_line(format_args!("int8       {} GMAC/s in registers", spread(rate)))?;
+    }
     let (mb, mmac) = (r.weight_bytes as f64 / 1e6, r.macs as f64 / 1e6);
     print_line(format_args!("a pass     reads {mb:.1} MB of weights; a row is {mmac:.1} MMAC"))?;
     print_line("\n  rows   ms median      min      max  t(n)/t(1)  roofline  of it   GMAC/s")?;
@@ -245,6 +259,17 @@ fn print(name: &str, r: &Report) -> Result<()> {
     }
     for (tokens, rate) in &r.prompts {
         print_line(format_args!("prompt     {rate:.1} tokens/s at {tokens} tokens"))?;
+    }
+    for (rows, times) in &r.kernel_times {
+        let total: f64 = times.iter().map(|(_, seconds, _)| seconds).sum();
+        print_line(format_args!("\nkernels of a pass of {rows} rows: {:.3} ms", 1e3 * total))?;
+        for (name, seconds, calls) in times {
+            let share = 100.0 * seconds / total;
+            print_line(format_args!(
+                "{:>11.3} ms {share:>3.0}% {calls:>5} x  {name}",
+                1e3 * seconds
+            ))?;
+        }
     }
     Ok(())
 }

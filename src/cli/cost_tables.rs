@@ -64,7 +64,7 @@ impl Kept {
         env!("CARGO_PKG_VERSION").hash(&mut key);
         for model in [Some(pair.target()), pair.draft()].into_iter().flatten() {
             let file = model.file();
-            (file.name(), file.file_len(), model.device().describe()).hash(&mut key);
+            (file.name(), file.file_len(), model.describe()).hash(&mut key);
         }
         Kept(folder().map(|folder| folder.join(format!("costs-{:016x}.json", key.finish()))))
     }

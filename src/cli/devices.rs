@@ -9,8 +9,10 @@ use super::metering::{info_json, sources, unavailable_json};
 use super::print_line;
 use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, Isa};
+use crate::backend::gpu::{Adapter, Gpu};
 use crate::energy::{Discovery, Found};
 use crate::error::Result;
+use crate::model::Device;
 
 /// Show the devices that models can run on
 #[derive(Debug, Args)]
@@ -33,14 +35,18 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
     let sets: Vec<&str> =
         Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect();
     let meters = args.meters.then(|| sources(args.meter_root.as_ref()).find());
+    let adapters = Adapter::all();
+    let (auto, why) = Device::auto_choice(&adapters);
     if args.json {
-        let mut out = json!({"devices": [{
+        let mut devices = vec![json!({
             "name": "cpu",
             "description": cpu.describe(),
             "instruction_set": cpu.isa().name(),
             "instruction_sets": sets,
             "threads": cpu.threads(),
-        }]});
+        })];
+        devices.extend(adapters.iter().enumerate().map(|(i, adapter)| adapter_json(i, adapter)));
+        let mut out = json!({"devices": devices, "auto": {"device": auto, "why": why}});
         if let Some(meters) = &meters {
             out["meters"] = meters_json(meters);
         }
@@ -53,7 +59,78 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
         cpu.isa()
     ))?;
     print_line(format_args!("     threads: {} (--threads N chooses)", cpu.threads()))?;
+    for (i, adapter) in adapters.iter().enumerate() {
+        print_adapter(i, adapter)?;
+    }
+    print_line(format_args!("auto runs on {auto}: {why} (--device NAME chooses another)"))?;
     meters.as_ref().map_or(Ok(()), print_meters)
+}
+
+/// What of a GPU is used, or why it cannot be.
+fn opened(adapter: &Adapter) -> Result<String> {
+    Gpu::open(adapter).map(|gpu| gpu.kernels())
+}
+
+fn adapter_json(i: usize, adapter: &Adapter) -> Json {
+    let mut out = json!({
+        "name": format!("gpu:{i}"),
+        "description": adapter.name(),
+        "driver": adapter.driver(),
+        "interface": adapter.interface(),
+        "type": adapter.kind(),
+        "binding_limit": adapter.binding_limit(),
+        "buffer_limit": adapter.buffer_limit(),
+        "workgroup_memory": adapter.workgroup_memory(),
+        // The interfaces do not tell how much there is.
+        "memory": Json::Null,
+        "subgroups": adapter.subgroups().map(|(least, most)| json!([least, most])),
+        "f16": adapter.has_f16(),
+        "timestamps": adapter.has_timestamps(),
+    });
+    match opened(adapter) {
+        Ok(kernels) => out["kernels"] = kernels.into(),
+        Err(error) => out["error"] = error.to_string().into(),
+    }
+    out
+}
+
+fn print_adapter(i: usize, adapter: &Adapter) -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    print_line(format_args!("gpu:{i}  {}", adapter.name()))?;
+    print_line(format_args!(
+        "     {} through {}, driver {}",
+        adapter.kind(),
+        adapter.interface(),
+        adapter.driver()
+    ))?;
+    print_line(format_args!(
+        "     limits: {} MiB a binding, {} MiB a buffer, {} KiB workgroup memory; memory not told",
+        adapter.binding_limit() / MIB,
+        adapter.buffer_limit() / MIB,
+        adapter.workgroup_memory() / 1024
+    ))?;
+    let yes_no = |has: bool| if has { "yes" } else { "no" };
+    let subgroups = match adapter.subgroups() {
+        None => "no".to_owned(),
+        Some((least, most)) if least == most => format!("of {least}"),
+        Some((least, most)) => format!("of {least} to {most}"),
+    };
+    print_line(format_args!(
+        "     has: subgroups {subgroups}, f16 {} (not used), packed dot product by the driver or \
+         emulated, timestamps {}",
+        yes_no(adapter.has_f16()),
+        yes_no(adapter.has_timestamps())
+    ))?;
+    match opened(adapter) {
+        Ok(kernels) => {
+            print_line(format_args!("     runs: {kernels} (MTAD_GPU=WORDS chooses others)"))?;
+        }
+        Err(error) => print_line(format_args!("     cannot be opened: {error}"))?,
+    }
+    if adapter.is_software() {
+        print_line("     is software: runs only if it is named")?;
+    }
+    Ok(())
 }
 
 fn meters_json(all: &Discovery) -> Json {

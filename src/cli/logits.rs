@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{DeviceArgs, loading_bar, open_model};
+use super::{DeviceArgs, loading_bar, open_model, print_notes};
 use crate::error::{Error, Result};
 use crate::model::lm::{Batch, MAX_TREE, Row, Want};
 use crate::model::{Model, SessionOptions};
@@ -42,6 +42,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     let file = Arc::new(open_model(&args.model)?);
     let device = args.device.load_options().device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
+    print_notes(model.take_notes());
     let context = args.device.context();
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() });
     // Asked first, so that no file is left behind when the tokens do not do.

@@ -86,9 +86,15 @@ pub fn main() -> ExitCode {
 /// Where and how models run: the options of every subcommand that loads one.
 #[derive(Debug, Args)]
 struct DeviceArgs {
-    /// Where the models run: cpu
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    /// Where the models run: cpu, gpu, gpu:N, a part of a GPU's name, or auto (a GPU if there is
+    /// one, else the CPU); `mtad devices` lists them
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+
+    /// Run only the last N layers of the model, and its logits, on the GPU, the others on the CPU
+    /// [default: all]
+    #[arg(long, value_name = "N")]
+    gpu_layers: Option<u32>,
 
     /// CPU threads [default: one for each physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -102,12 +108,22 @@ struct DeviceArgs {
 
 impl DeviceArgs {
     fn load_options(&self) -> LoadOptions {
-        LoadOptions { device: self.device.clone(), threads: self.threads.map_or(0, usize::from) }
+        LoadOptions {
+            device: self.device.clone(),
+            draft_device: None,
+            gpu_layers: self.gpu_layers.map(|n| n as usize),
+            threads: self.threads.map_or(0, usize::from),
+        }
     }
 
     fn context(&self) -> Option<usize> {
         self.ctx_size.map(|n| n as usize)
     }
+}
+
+/// Prints what a person should know of where models run.
+fn print_notes(notes: Vec<String>) {
+    notes.iter().for_each(|note| eprintln!("mtad: {note}"));
 }
 
 const STDOUT: &str = "standard output";

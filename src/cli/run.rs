@@ -11,7 +11,9 @@ use serde_json::json;
 
 use super::cost_tables;
 use super::metering::{Measured, MeterArgs, Work};
-use super::{DeviceArgs, loading_bar, open_model, print_line, read_text, stdout_error};
+use super::{
+    DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text, stdout_error,
+};
 use crate::backend::CacheType;
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::error::{Error, Result};
@@ -160,6 +162,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub(super) device: DeviceArgs,
 
+    /// Where the draft runs [default: where the target does]
+    #[arg(long, value_name = "DEVICE")]
+    draft_device: Option<String>,
+
     #[command(flatten)]
     pub(super) meters: MeterArgs,
 }
@@ -232,7 +238,8 @@ impl RunArgs {
 
     /// Loads the pair, without a draft where the strategy has no use for one.
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
-        let options = self.device.load_options();
+        let draft_device = self.draft_device.clone();
+        let options = LoadOptions { draft_device, ..self.device.load_options() };
         load_pair(self.model.as_deref(), self.draft.as_deref(), strategy, &options)
     }
 }
@@ -275,6 +282,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
     let mut metering = args.meters.start(None)?;
     let pair = metering.load(|| args.load(strategy))?;
+    print_notes(pair.take_notes());
     let trained = pair.target().shape().context;
     if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
         eprintln!(
@@ -316,6 +324,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let window = metering.end(begun);
     show("\n")?;
     drop(out);
+    print_notes(pair.take_notes());
 
     let total = start.elapsed().as_secs_f64();
     if let (Some(kept), Some(costs)) = (kept_costs, &generation.settings().costs) {
@@ -439,8 +448,11 @@ impl Report<'_> {
             "seconds": seconds,
             "seed": self.seed,
             "stop": self.stop().name(),
-            "device": self.pair.target().device().describe(),
+            "device": self.pair.target().describe(),
         });
+        if let Some(draft) = self.pair.draft() {
+            out["draft_device"] = draft.describe().into();
+        }
         if score {
             out["perplexity"] = g.perplexity().into();
         }
@@ -530,7 +542,10 @@ impl Report<'_> {
         let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"));
         eprintln!();
         eprintln!("strategy          {} (seed {})", self.strategy, self.seed);
-        eprintln!("device            {}", self.pair.target().device().describe());
+        eprintln!("device            {}", self.pair.target().describe());
+        if let Some(draft) = self.pair.draft() {
+            eprintln!("  draft           {}", draft.describe());
+        }
         eprintln!(
             "tokens            {} prompt + {} generated, ended by {}",
             g.prompt_tokens(),

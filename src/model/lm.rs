@@ -145,6 +145,14 @@ impl Outputs {
         self.log_probs.clear();
     }
 
+    /// Takes over what another holds.
+    pub(crate) fn assign(&mut self, other: &Outputs) {
+        self.rows.clone_from(&other.rows);
+        self.logits.clone_from(&other.logits);
+        self.top.clone_from(&other.top);
+        self.log_probs.clone_from(&other.log_probs);
+    }
+
     /// What row `i` of the batch returned.
     ///
     /// # Panics

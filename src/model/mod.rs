@@ -2,38 +2,27 @@
 //! architectures whose forward passes run on a backend.
 
 pub mod config;
+pub mod device;
 pub mod llama;
 pub mod lm;
+mod rescue;
 pub mod session;
 pub mod table;
 pub mod tree;
 pub mod weights;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::backend::CacheType;
-use crate::backend::cpu::Cpu;
+use crate::backend::split::Split;
+use crate::backend::{Backend, CacheType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use config::Config;
+pub use device::Device;
+use device::OnGpu;
 use lm::Lm;
+use rescue::{Rescued, Spare};
 use session::{Architecture, Session, Shape};
-
-/// Where a model is loaded to.
-#[derive(Debug, Clone)]
-pub enum Device {
-    /// The CPU; models on one `Cpu` share its threads.
-    Cpu(Arc<Cpu>),
-}
-
-impl Device {
-    /// What it is, for people.
-    pub fn describe(&self) -> String {
-        use crate::backend::Backend;
-        match self {
-            Device::Cpu(cpu) => cpu.describe(),
-        }
-    }
-}
 
 /// How a session keeps its rows.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,11 +40,15 @@ pub struct Model {
     file: Arc<Gguf>,
     device: Device,
     digest: Arc<OnceLock<u128>>,
+    /// Where sessions go on if the device is lost.
+    spare: Option<Arc<Spare>>,
+    notes: Arc<Mutex<Vec<String>>>,
 }
 
 /// What a loaded model does, whatever its architecture and backend.
 trait Sessions: Send + Sync {
     fn shape(&self) -> &Shape;
+    fn describe(&self) -> String;
     fn session(&self, options: &SessionOptions) -> Box<dyn Lm>;
 }
 
@@ -64,9 +57,13 @@ struct Loaded<B, A> {
     model: Arc<A>,
 }
 
-impl<B: crate::backend::Backend, A: Architecture<B>> Sessions for Loaded<B, A> {
+impl<B: Backend, A: Architecture<B>> Sessions for Loaded<B, A> {
     fn shape(&self) -> &Shape {
         self.model.shape()
+    }
+
+    fn describe(&self) -> String {
+        self.backend.describe()
     }
 
     fn session(&self, options: &SessionOptions) -> Box<dyn Lm> {
@@ -87,24 +84,76 @@ impl Model {
     /// The file's architecture, metadata or tensors do not do; the device has no room;
     /// [`Error::Cancelled`] if `progress` said so.
     pub fn load(file: Arc<Gguf>, device: &Device, progress: Progress<'_>) -> Result<Self> {
+        let notes = Arc::default();
+        let Device::Gpu(on_gpu) = device else {
+            return Self::load_on(file, device, notes, progress);
+        };
+        match Self::load_on(file.clone(), device, notes, progress) {
+            Err(error @ (Error::Device { .. } | Error::DeviceLost { .. }))
+                if on_gpu.may_fall_back =>
+            {
+                let cpu = Device::Cpu(on_gpu.cpu.clone());
+                let note = format!("{error}; runs on {} instead", cpu.describe());
+                Self::load_on(file, &cpu, Arc::new(Mutex::new(vec![note])), progress)
+            }
+            loaded => loaded,
+        }
+    }
+
+    fn load_on(
+        file: Arc<Gguf>,
+        device: &Device,
+        notes: Arc<Mutex<Vec<String>>>,
+        progress: Progress<'_>,
+    ) -> Result<Self> {
         let total: u64 = file.tensors().map(|t| t.bytes.len() as u64).sum();
         let mut done = 0;
         let mut loaded = |bytes: u64| {
             done += bytes;
             if progress(done.min(total), total) { Ok(()) } else { Err(Error::Cancelled) }
         };
-        let sessions: Arc<dyn Sessions> = match device {
-            Device::Cpu(backend) => {
-                let model = llama::Llama::load(&file, &**backend, &mut loaded)?;
-                Arc::new(Loaded { backend: backend.clone(), model: Arc::new(model) })
+        let layers = Config::from_gguf(&file)?.layers;
+        let mut spare = None;
+        let sessions = match device {
+            Device::Cpu(cpu) => sessions(&file, cpu.clone(), &mut loaded)?,
+            Device::Gpu(OnGpu { gpu, cpu, layers: on_gpu, may_fall_back }) => {
+                if *may_fall_back {
+                    let (file, cpu) = (file.clone(), Device::Cpu(cpu.clone()));
+                    spare = Some(Arc::new(Spare::new(notes.clone(), move || {
+                        Model::load(file.clone(), &cpu, &mut |_, _| true)
+                    })));
+                }
+                match on_gpu.map_or(0, |on_gpu| layers.saturating_sub(on_gpu)) {
+                    0 => sessions(&file, gpu.clone(), &mut loaded)?,
+                    first => {
+                        let split = Split::new(cpu.clone(), gpu.clone(), first);
+                        sessions(&file, Arc::new(split), &mut loaded)?
+                    }
+                }
             }
         };
-        Ok(Model { sessions, file, device: device.clone(), digest: Arc::default() })
+        let digest = Arc::default();
+        Ok(Model { sessions, file, device: device.clone(), digest, spare, notes })
     }
 
     /// A new session with an empty cache.
     pub fn session(&self, options: &SessionOptions) -> Box<dyn Lm> {
-        self.sessions.session(options)
+        let session = self.sessions.session(options);
+        match &self.spare {
+            None => session,
+            Some(spare) => Box::new(Rescued::new(session, spare.clone(), *options)),
+        }
+    }
+
+    /// What runs it, for people.
+    pub fn describe(&self) -> String {
+        self.sessions.describe()
+    }
+
+    /// What a person should know of where it runs: that a device did not do, or was lost. Each note
+    /// is handed out once.
+    pub fn take_notes(&self) -> Vec<String> {
+        std::mem::take(&mut *self.notes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The file that it came from.
@@ -126,4 +175,14 @@ impl Model {
     pub fn shape(&self) -> &Shape {
         self.sessions.shape()
     }
+}
+
+/// Loads a file onto a backend.
+fn sessions<B: Backend>(
+    file: &Arc<Gguf>,
+    backend: Arc<B>,
+    loaded: &mut dyn FnMut(u64) -> Result<()>,
+) -> Result<Arc<dyn Sessions>> {
+    let model = llama::Llama::load(file, &*backend, loaded)?;
+    Ok(Arc::new(Loaded { backend, model: Arc::new(model) }))
 }

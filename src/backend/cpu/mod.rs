@@ -260,6 +260,7 @@ impl Backend for Cpu {
 }
 
 /// A pass under way on the CPU.
+#[derive(Clone, Copy)]
 pub struct CpuPass<'p> {
     rows: Rows<'p>,
     crew: &'p Crew<'p>,
@@ -394,6 +395,15 @@ impl Pass<Cpu> for CpuPass<'_> {
         out.set_rows(self.rows.len());
         for (i, &token) in self.rows.tokens.iter().enumerate() {
             view.block_type.dequantize(view.row(token as usize), &mut out.row_mut(i)[..width]);
+        }
+    }
+
+    fn write(&mut self, rows: &[f32], out: &mut Buffer) {
+        let width = out.width;
+        assert_eq!(rows.len() % width, 0);
+        out.set_rows(rows.len() / width);
+        for (i, row) in rows.chunks_exact(width).enumerate() {
+            out.row_mut(i)[..width].copy_from_slice(row);
         }
     }
 

@@ -1,0 +1,45 @@
+// Merges the partial sums of attend.wgsl, in order of position, for rows that see more than one split.
+
+struct Params {
+    head_dim: u32,
+    q_stride: u32,
+    line: u32,
+    paths_at: u32,
+    first_row: u32,
+    splits: u32,
+}
+
+@group(0) @binding(0) var<storage, read> partial: array<f32>;
+@group(0) @binding(1) var<storage, read_write> out: array<f32>;
+@group(1) @binding(0) var<uniform> params: Params;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) place: vec3<u32>,
+    @builtin(num_workgroups) places: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+) {
+    let row = params.first_row + place.y;
+    let seen = params.line + data[params.paths_at + row * PATH_WORDS];
+    if seen <= SPLIT {
+        return;
+    }
+    let splits = (seen + SPLIT - 1u) / SPLIT;
+    let step = params.head_dim + 2u;
+    let base = (place.y * places.x + place.x) * params.splits * step;
+    var most = partial[base];
+    for (var s = 1u; s < splits; s++) {
+        most = max(most, partial[base + s * step]);
+    }
+    for (var d = index; d < params.head_dim; d += 64u) {
+        var total = 0.0;
+        var sum = 0.0;
+        for (var s = 0u; s < splits; s++) {
+            let at = base + s * step;
+            let weight = exp(partial[at] - most);
+            total = fma(weight, partial[at + 1u], total);
+            sum = fma(weight, partial[at + 2u + d], sum);
+        }
+        out[row * params.q_stride + place.x * params.head_dim + d] = sum / total;
+    }
+}

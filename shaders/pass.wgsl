@@ -1,0 +1,5 @@
+// Every frame begins with this: what the rows of a pass share.
+
+// Words of the pass: tokens; for each row the number of tree rows that it sees and their places in
+// the tree, four to a word; rotations; indices. Frames are told where.
+@group(1) @binding(1) var<storage, read> data: array<u32>;

@@ -1,0 +1,918 @@
+//! The GPU, through Vulkan, Metal or DX12: every verb is a compute shader.
+//!
+//! - `adapter`: what the machine has; `device`: buffers, pipelines and submissions of an open GPU;
+//! - `shaders`: what a shader is joined from (the WGSL itself is in `shaders/`).
+//!
+//! Weights lie on the device as they lie in their file; large matrices are split by rows at the
+//! device's binding limit. A pass records dispatches, which become one compute pass in one submission
+//! (several where that would take the device too long), and nothing waits until results are read.
+//!
+//! A product takes up to eight rows of activations at once, and adds each element up in the same order
+//! however many there are. Compilers of drivers may still disagree from one shader to the next: the
+//! first time that a weight type is loaded its shaders are compared, and where they differ in a bit
+//! the widest is used for any number of rows.
+
+mod adapter;
+mod device;
+mod shaders;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
+use super::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
+use crate::error::{Error, Result};
+use crate::gguf::{SharedTensor, Tensor};
+use crate::quant::BlockType;
+use device::{Arena, Device, Op, Storage, lock};
+use shaders::{COLUMNS, Frame, MAX_HEAD, PATH_WORDS, SPLIT, Shader, TILE_ROWS};
+
+pub use adapter::Adapter;
+pub use device::KernelTimes;
+
+/// Rows of activations are padded with zeros to whole chunks.
+const CHUNK: usize = 32;
+
+/// The most workgroups in one direction.
+const MOST_GROUPS: usize = 65535;
+
+/// Bytes that partial sums of attention may take; rows go in several dispatches if they would take
+/// more.
+const PARTIAL_BYTES: usize = 32 << 20;
+
+/// Which of several ways to compute is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Variants {
+    /// Sums are exchanged in registers where the device has subgroups, else through workgroup
+    /// memory alone.
+    pub subgroups: bool,
+    /// Products of quantized weights are products of bytes: activations are rounded to blocks of
+    /// 32 signed bytes.
+    pub int8: bool,
+    /// Products take eight rows of activations always, however many there are.
+    pub padded: bool,
+}
+
+impl Default for Variants {
+    fn default() -> Self {
+        Variants { subgroups: true, int8: false, padded: false }
+    }
+}
+
+impl Variants {
+    /// The defaults, changed as the environment variable `MTAD_GPU` says: a list of `subgroups`,
+    /// `int8`, `padded`, each possibly after `no-`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another word.
+    pub fn from_env() -> Result<Self> {
+        Self::parse(&std::env::var("MTAD_GPU").unwrap_or_default())
+    }
+
+    /// The defaults, changed as a list of words says.
+    ///
+    /// # Errors
+    /// As [`Variants::from_env`].
+    pub fn parse(words: &str) -> Result<Self> {
+        let mut variants = Variants::default();
+        for word in words.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+            let (name, on) = match word.strip_prefix("no-") {
+                Some(name) => (name, false),
+                None => (word, true),
+            };
+            match name {
+                "subgroups" => variants.subgroups = on,
+                "int8" => variants.int8 = on,
+                "padded" => variants.padded = on,
+                _ => {
+                    return Err(Error::invalid(format!(
+                        "MTAD_GPU has `{word}`; there are subgroups, int8, padded, and each with no- before it"
+                    )));
+                }
+            }
+        }
+        Ok(variants)
+    }
+}
+
+/// A GPU as a backend.
+#[derive(Debug)]
+pub struct Gpu {
+    adapter: Adapter,
+    device: Device,
+    variants: Variants,
+    /// Threads that exchange sums in registers.
+    subgroup: u32,
+    /// The most bytes of a part of a matrix.
+    part_limit: usize,
+    /// Tensors on the device, by where they lie in memory: one that is used twice is there once.
+    uploads: Mutex<HashMap<(usize, usize), Weak<Vec<Part>>>>,
+    /// For each type that was loaded, whether its shaders agree for every number of rows.
+    agreeing: Mutex<HashMap<BlockType, bool>>,
+    /// Bound where a product has no bias.
+    nothing: Arc<Storage>,
+}
+
+impl Gpu {
+    /// Opens an adapter with the variants that the environment asks for.
+    ///
+    /// # Errors
+    /// As [`Gpu::with`] and [`Variants::from_env`].
+    pub fn open(adapter: &Adapter) -> Result<Self> {
+        Self::with(adapter, Variants::from_env()?)
+    }
+
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the driver's reason.
+    pub fn with(adapter: &Adapter, variants: Variants) -> Result<Self> {
+        let subgroup = match adapter.subgroups().filter(|_| variants.subgroups) {
+            // (32 at most share a sum; what is no power of two has never been seen.)
+            Some((least, _)) if least.is_power_of_two() => least.min(32),
+            _ => 1,
+        };
+        let device = Device::open(adapter, subgroup > 1)?;
+        let nothing = device.storage(16);
+        device.check()?;
+        Ok(Gpu {
+            part_limit: device.binding_limit() as usize - 64,
+            adapter: adapter.clone(),
+            variants,
+            subgroup,
+            device,
+            uploads: Mutex::default(),
+            agreeing: Mutex::default(),
+            nothing,
+        })
+    }
+
+    /// What it was opened from.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// The variants that it was opened with.
+    pub fn variants(&self) -> Variants {
+        self.variants
+    }
+
+    /// The weight types whose shaders disagreed, so that the widest is used for any number of rows.
+    pub fn padded_types(&self) -> Vec<BlockType> {
+        let agreeing = lock(&self.agreeing);
+        agreeing.iter().filter(|(_, agree)| !**agree).map(|(block, _)| *block).collect()
+    }
+
+    /// What of it is used, for people: `subgroups of 8, f32 activations`.
+    pub fn kernels(&self) -> String {
+        let mut out = match self.subgroup {
+            1 => "shared memory".to_owned(),
+            n => format!("subgroups of {n}"),
+        };
+        out += if self.variants.int8 { ", int8 activations" } else { ", f32 activations" };
+        match self.padded_types().as_slice() {
+            _ if self.variants.padded => out += ", padded",
+            [] => {}
+            types => {
+                let names: Vec<_> = types.iter().map(|t| t.name()).collect();
+                out += &format!(", padded for {}", names.join(" "));
+            }
+        }
+        out
+    }
+
+    /// Gives the device back to the system, as if it had been unplugged: whatever is asked of it
+    /// from now on is [`Error::DeviceLost`]. For tests of what then happens.
+    pub fn destroy(&self) {
+        self.device.destroy();
+    }
+
+    /// Has kernels timed from now on, which makes passes slower. False if the device cannot.
+    pub fn time_kernels(&self) -> bool {
+        self.device.time_kernels()
+    }
+
+    /// Seconds on the device and calls, by kernel, since [`Gpu::time_kernels`]; ends the timing.
+    pub fn kernel_times(&self) -> KernelTimes {
+        self.device.times()
+    }
+
+    /// Waits until the device has nothing left to do.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn finish(&self) -> Result<()> {
+        self.device.finish()
+    }
+
+    /// Bytes per second that a copy on the device reads and writes together, over `bytes` of memory.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn copy_bandwidth(&self, bytes: usize) -> Result<f64> {
+        let bytes = bytes.min(self.part_limit).next_multiple_of(16) as u64;
+        let (from, to) = (self.device.storage(bytes), self.device.storage(bytes));
+        let copy = |times: usize| {
+            let mut arena = self.device.arena();
+            arena.work.copies = vec![(from.clone(), to.clone(), bytes); times];
+            let start = std::time::Instant::now();
+            let done = self.device.submit(&mut arena).and_then(|()| self.device.finish());
+            self.device.give_back(arena);
+            done.map(|()| start.elapsed().as_secs_f64())
+        };
+        copy(1)?;
+        // The difference leaves out what a submission costs.
+        let (few, many) = (copy(1)?, copy(5)?);
+        let seconds = if many > few { (many - few) / 4.0 } else { many / 5.0 };
+        Ok(2.0 * bytes as f64 / seconds)
+    }
+
+    /// The rows of a tensor on the device.
+    fn parts(&self, tensor: &Tensor<'_>) -> Result<Arc<Vec<Part>>> {
+        readable(tensor)?;
+        let place = (tensor.bytes.as_ptr() as usize, tensor.bytes.len());
+        if let Some(parts) = lock(&self.uploads).get(&place).and_then(Weak::upgrade) {
+            return Ok(parts);
+        }
+        let row_bytes = tensor.row_bytes();
+        let most = (self.part_limit / row_bytes).min(MOST_GROUPS * TILE_ROWS as usize);
+        if most == 0 {
+            return Err(Error::unsupported(
+                tensor.file,
+                format!(
+                    "tensor `{}` has rows of {row_bytes} bytes, more than {} binds at once",
+                    tensor.name,
+                    self.device.name()
+                ),
+            ));
+        }
+        let piece = |first: usize| {
+            let rows = most.min(tensor.rows - first);
+            let bytes = &tensor.bytes[first * row_bytes..][..rows * row_bytes];
+            Ok(Part { first, rows, bytes: self.device.upload(bytes)? })
+        };
+        let parts: Result<Vec<_>> = (0..tensor.rows).step_by(most).map(piece).collect();
+        let parts = Arc::new(parts?);
+        lock(&self.uploads).insert(place, Arc::downgrade(&parts));
+        Ok(parts)
+    }
+
+    /// A vector of floats on the device.
+    fn floats(&self, tensor: &SharedTensor) -> Result<Arc<Storage>> {
+        let view = tensor.view();
+        readable(&view)?;
+        let mut floats = vec![0.0; view.rows * view.cols];
+        view.block_type.dequantize(view.bytes, &mut floats);
+        self.device.upload(bytemuck::cast_slice(&floats))
+    }
+
+    /// A pass over `rows`, to be recorded.
+    pub(super) fn begin<'p>(&'p self, rows: &Rows<'p>) -> Result<GpuPass<'p>> {
+        self.device.check()?;
+        Ok(GpuPass::new(self, *rows))
+    }
+
+    /// The rows of a buffer, in `copy`.
+    pub(super) fn read_into(&self, buffer: &Buffer, copy: &mut Vec<f32>) -> Result<()> {
+        copy.clear();
+        let Buffer { rows, stride, width, .. } = *buffer;
+        self.device.read(buffer.storage(), rows * stride, copy)?;
+        if stride != width {
+            for row in 1..rows {
+                copy.copy_within(row * stride..row * stride + width, row * width);
+            }
+            copy.truncate(rows * width);
+        }
+        Ok(())
+    }
+
+    /// Whether the shaders of a type agree for every number of rows; tried with the first rows of
+    /// the first matrix of that type.
+    fn agree(&self, tensor: &Tensor<'_>) -> Result<bool> {
+        if let Some(agree) = lock(&self.agreeing).get(&tensor.block_type) {
+            return Ok(*agree);
+        }
+        let rows = tensor.rows.min(2 * TILE_ROWS as usize);
+        let bytes = self.device.upload(&tensor.bytes[..rows * tensor.row_bytes()])?;
+        let part = Part { first: 0, rows, bytes };
+        let mut matrix = Matrix::new(tensor, Arc::new(vec![part]), None, false);
+        matrix.rows = rows;
+        let most = COLUMNS[COLUMNS.len() - 1] as usize;
+        let mut state = 1u32;
+        let x: Vec<f32> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .take(most * tensor.cols)
+        .collect();
+        let product = |x: &[f32]| -> Result<Vec<u32>> {
+            let n = x.len() / tensor.cols;
+            let pass = Rows {
+                tokens: &vec![0; n],
+                line: 0,
+                first_slot: 0,
+                paths: &vec![1; n],
+                rotations: &[],
+            };
+            let (mut from, mut to) = (self.buffer(tensor.cols), self.buffer(rows));
+            self.pass(&pass, 0, |pass| {
+                pass.write(x, &mut from);
+                pass.linear(&from, &mut [(&matrix, &mut to)]);
+                Ok(())
+            })?;
+            let mut copy = Vec::new();
+            Ok(self.read(&to, &mut copy)?.iter().map(|x| x.to_bits()).collect())
+        };
+        let together = product(&x)?;
+        let mut agree = true;
+        for &columns in &COLUMNS[..COLUMNS.len() - 1] {
+            let few = columns as usize;
+            agree &= product(&x[..few * tensor.cols])? == together[..few * rows];
+        }
+        lock(&self.agreeing).insert(tensor.block_type, agree);
+        Ok(agree)
+    }
+}
+
+fn readable(tensor: &Tensor<'_>) -> Result<()> {
+    if tensor.block_type.can_dequantize() {
+        return Ok(());
+    }
+    let (name, block_type) = (tensor.name, tensor.block_type);
+    let what = format!("tensor `{name}` has the type {block_type}, which cannot be read");
+    Err(Error::unsupported(tensor.file, what))
+}
+
+/// Some rows of a matrix.
+#[derive(Debug)]
+struct Part {
+    first: usize,
+    rows: usize,
+    bytes: Arc<Storage>,
+}
+
+/// A weight matrix on the device.
+#[derive(Debug)]
+pub struct Matrix {
+    block: BlockType,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+    parts: Arc<Vec<Part>>,
+    bias: Option<Arc<Storage>>,
+    padded: bool,
+}
+
+impl Matrix {
+    fn new(
+        tensor: &Tensor<'_>,
+        parts: Arc<Vec<Part>>,
+        bias: Option<Arc<Storage>>,
+        padded: bool,
+    ) -> Self {
+        Matrix {
+            block: tensor.block_type,
+            rows: tensor.rows,
+            cols: tensor.cols,
+            row_bytes: tensor.row_bytes(),
+            parts,
+            bias,
+            padded,
+        }
+    }
+}
+
+/// A vector on the device.
+#[derive(Debug)]
+pub struct Vector {
+    len: usize,
+    floats: Arc<Storage>,
+}
+
+/// An embedding table on the device.
+#[derive(Debug)]
+pub struct Embedding(Matrix);
+
+/// Activations on the device: rows of `width` f32, each padded with zeros.
+#[derive(Debug)]
+pub struct Buffer {
+    width: usize,
+    stride: usize,
+    rows: usize,
+    /// Rows that there is room for.
+    capacity: usize,
+    storage: Option<Arc<Storage>>,
+}
+
+impl Buffer {
+    fn storage(&self) -> &Arc<Storage> {
+        self.storage.as_ref().expect("a buffer is written before it is read")
+    }
+
+    /// vec4s of a row.
+    fn stride4(&self) -> u32 {
+        (self.stride / 4) as u32
+    }
+}
+
+/// Key and value rows on the device.
+#[derive(Debug)]
+pub struct Cache {
+    shape: CacheShape,
+    /// Slots that each layer has room for.
+    slots: Vec<usize>,
+    /// Keys and values of each layer.
+    layers: Vec<Option<[Arc<Storage>; 2]>>,
+}
+
+impl Cache {
+    /// Words of the keys or values of a slot.
+    fn words(&self) -> usize {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        if self.is_f16() { width / 2 } else { width }
+    }
+
+    fn is_f16(&self) -> bool {
+        self.shape.cache_type == CacheType::F16
+    }
+}
+
+impl Backend for Gpu {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Embedding = Embedding;
+    type Buffer = Buffer;
+    type Cache = Cache;
+    type Pass<'p> = GpuPass<'p>;
+
+    fn describe(&self) -> String {
+        let Gpu { adapter, .. } = self;
+        format!("{} ({}, {})", adapter.name(), adapter.interface(), self.kernels())
+    }
+
+    fn matrix(&self, weight: &SharedTensor, bias: Option<&SharedTensor>) -> Result<Matrix> {
+        let view = weight.view();
+        let bias = bias.map(|bias| {
+            assert_eq!(bias.view().rows * bias.view().cols, view.rows, "a bias for each output");
+            self.floats(bias)
+        });
+        let parts = self.parts(&view)?;
+        let padded = self.variants.padded || !self.agree(&view)?;
+        // The device holds it now: the mapped pages need not stay in memory too.
+        weight.release();
+        Ok(Matrix::new(&view, parts, bias.transpose()?, padded))
+    }
+
+    fn vector(&self, weight: &SharedTensor) -> Result<Vector> {
+        let len = weight.view().rows * weight.view().cols;
+        Ok(Vector { len, floats: self.floats(weight)? })
+    }
+
+    fn embedding(&self, weight: &SharedTensor) -> Result<Embedding> {
+        let view = weight.view();
+        Ok(Embedding(Matrix::new(&view, self.parts(&view)?, None, false)))
+    }
+
+    fn buffer(&self, width: usize) -> Buffer {
+        let stride = width.next_multiple_of(CHUNK);
+        Buffer { width, stride, rows: 0, capacity: 0, storage: None }
+    }
+
+    fn cache(&self, shape: CacheShape) -> Cache {
+        Cache { slots: vec![0; shape.layers], layers: vec![None; shape.layers], shape }
+    }
+
+    fn move_rows(&self, cache: &mut Cache, moves: &[(usize, usize)]) -> Result<()> {
+        let rows = Rows { tokens: &[], line: 0, first_slot: 0, paths: &[], rotations: &[] };
+        self.pass(&rows, 0, |pass| {
+            let at = pass.arena.work.data.len() as u32;
+            let words = moves.iter().flat_map(|&(from, to)| [from as u32, to as u32]);
+            pass.arena.work.data.extend(words);
+            let words = cache.words();
+            for [keys, values] in cache.layers.iter().flatten() {
+                pass.dispatch(
+                    Shader::plain(Frame::MoveRows),
+                    &[keys, values],
+                    &[words as u32, moves.len() as u32, at],
+                    [words.div_ceil(64), 1, 1],
+                    0,
+                );
+            }
+            Ok(())
+        })
+    }
+
+    fn pass<R>(
+        &self,
+        rows: &Rows<'_>,
+        _macs: usize,
+        record: impl FnOnce(&mut GpuPass<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let mut pass = self.begin(rows)?;
+        let recorded = record(&mut pass);
+        pass.end(recorded)
+    }
+
+    fn read<'a>(&self, buffer: &'a Buffer, copy: &'a mut Vec<f32>) -> Result<&'a [f32]> {
+        self.read_into(buffer, copy)?;
+        Ok(copy)
+    }
+}
+
+/// A pass under way: dispatches are recorded, and submitted when it ends.
+pub struct GpuPass<'p> {
+    gpu: &'p Gpu,
+    rows: Rows<'p>,
+    arena: Arena,
+    /// Where each row's path is.
+    paths_at: u32,
+    /// Where the rotations are.
+    rotations_at: u32,
+    /// The first thing that went wrong.
+    failed: Option<Error>,
+}
+
+impl<'p> GpuPass<'p> {
+    fn new(gpu: &'p Gpu, rows: Rows<'p>) -> Self {
+        let mut arena = gpu.device.arena();
+        let data = &mut arena.work.data;
+        data.extend_from_slice(rows.tokens);
+        let paths_at = data.len() as u32;
+        for &path in rows.paths {
+            let mut words = [0; PATH_WORDS];
+            words[0] = path.count_ones();
+            let (mut left, mut i) = (path, 0);
+            while left != 0 {
+                words[1 + i / 4] |= left.trailing_zeros() << (8 * (i % 4));
+                left &= left - 1;
+                i += 1;
+            }
+            data.extend_from_slice(&words);
+        }
+        let rotations_at = data.len() as u32;
+        data.extend(rows.rotations.iter().flatten().map(|x| x.to_bits()));
+        GpuPass { gpu, rows, arena, paths_at, rotations_at, failed: None }
+    }
+
+    /// Submits what was recorded, unless recording it failed.
+    pub(super) fn end<R>(mut self, recorded: Result<R>) -> Result<R> {
+        let device = &self.gpu.device;
+        let result = match self.failed {
+            Some(error) => Err(error),
+            None => recorded.and_then(|r| device.submit(&mut self.arena).map(|()| r)),
+        };
+        device.give_back(self.arena);
+        result
+    }
+
+    fn dispatch(
+        &mut self,
+        shader: Shader,
+        buffers: &[&Arc<Storage>],
+        params: &[u32],
+        groups: [usize; 3],
+        cost: usize,
+    ) {
+        if groups.contains(&0) {
+            return;
+        }
+        let device = &self.gpu.device;
+        let buffers: Vec<&Storage> = buffers.iter().map(|buffer| &***buffer).collect();
+        let work = &mut self.arena.work;
+        let at = work.ops.len() * device.params_step();
+        work.params.resize(at + device.params_step(), 0);
+        work.params[at..][..4 * params.len()].copy_from_slice(bytemuck::cast_slice(params));
+        work.ops.push(Op {
+            shader,
+            pipeline: device.pipeline(shader),
+            group: device.group(shader.access(), &buffers),
+            groups: groups.map(|n| n as u32),
+            cost: cost as u64,
+        });
+    }
+
+    /// Makes room for `rows` rows, and says that there are as many.
+    fn set_rows(&mut self, buffer: &mut Buffer, rows: usize) {
+        if rows > buffer.capacity || buffer.storage.is_none() {
+            // A few sizes, so that buffers settle: one token, a few drafted ones, a prompt.
+            let capacity = if rows <= 8 { 8 } else { rows.next_multiple_of(128) };
+            let bytes = 4 * (capacity * buffer.stride) as u64;
+            if bytes > self.gpu.device.binding_limit() {
+                self.fail(format!("cannot hold {capacity} rows of {} numbers", buffer.width));
+                buffer.rows = rows;
+                // (Bound by what is still recorded, which will not run.)
+                buffer.storage.get_or_insert_with(|| self.gpu.device.storage(16));
+                return;
+            }
+            if buffer.storage.replace(self.gpu.device.storage(bytes)).is_some() {
+                self.gpu.device.replaced();
+            }
+            buffer.capacity = capacity;
+        }
+        buffer.rows = rows;
+    }
+
+    fn fail(&mut self, what: String) {
+        let error = self.gpu.device.fault(what);
+        self.failed.get_or_insert(error);
+    }
+
+    /// One of the arena's buffers, with room for so many floats.
+    fn scratch(&mut self, which: usize, floats: usize) -> Arc<Storage> {
+        let bytes = 4 * floats.max(1) as u64;
+        let place = &mut self.arena.scratch[which];
+        match place {
+            Some(storage) if storage.raw.size() >= bytes => storage.clone(),
+            _ => {
+                if place.is_some() {
+                    self.gpu.device.replaced();
+                }
+                place.insert(self.gpu.device.storage(bytes.next_power_of_two())).clone()
+            }
+        }
+    }
+
+    fn product(&mut self, x: &Buffer, matrix: &Matrix, out: &mut Buffer, add: bool) {
+        assert_eq!((matrix.cols, matrix.rows), (x.width, out.width));
+        if add {
+            assert_eq!(out.rows, x.rows);
+        } else {
+            self.set_rows(out, x.rows);
+        }
+        if self.failed.is_some() {
+            return;
+        }
+        let widest = COLUMNS[COLUMNS.len() - 1];
+        let columns = match matrix.padded {
+            true => widest,
+            false => *COLUMNS.iter().find(|&&n| n as usize >= x.rows).unwrap_or(&widest),
+        };
+        let int8 = self.gpu.variants.int8 && !matrix.block.is_float();
+        let frame = if int8 { Frame::MatmulInt8 } else { Frame::Matmul };
+        let shader =
+            Shader { columns, subgroup: self.gpu.subgroup, ..Shader::weights(frame, matrix.block) };
+        let scratch = int8.then(|| (self.arena.scratch[1].clone(), self.arena.scratch[2].clone()));
+        let nothing = self.gpu.nothing.clone();
+        let bias = matrix.bias.as_ref().unwrap_or(&nothing);
+        let x_stride = if int8 { x.stride / CHUNK } else { x.stride / 4 };
+        for part in matrix.parts.iter() {
+            let params = [
+                matrix.cols,
+                matrix.cols.div_ceil(CHUNK),
+                matrix.row_bytes,
+                part.rows,
+                x.rows,
+                x_stride,
+                out.stride,
+                part.first,
+                usize::from(matrix.bias.is_some()),
+                usize::from(add),
+            ]
+            .map(|n| n as u32);
+            let groups =
+                [part.rows.div_ceil(TILE_ROWS as usize), x.rows.div_ceil(columns as usize), 1];
+            let cost = part.rows * matrix.cols * x.rows;
+            match &scratch {
+                Some((Some(bytes), Some(scales))) => {
+                    let buffers = [&part.bytes, bytes, scales, bias, out.storage()];
+                    self.dispatch(shader, &buffers, &params, groups, cost);
+                }
+                _ => {
+                    let buffers = [&part.bytes, x.storage(), bias, out.storage()];
+                    self.dispatch(shader, &buffers, &params, groups, cost);
+                }
+            }
+        }
+    }
+
+    /// Rounds activations to bytes, if a product of this pass wants them so.
+    fn quantize(&mut self, x: &Buffer, mut matrices: impl Iterator<Item = BlockType>) {
+        if !self.gpu.variants.int8 || matrices.all(BlockType::is_float) {
+            return;
+        }
+        let blocks = x.stride / CHUNK;
+        let bytes = self.scratch(1, x.rows * blocks * 8);
+        let scales = self.scratch(2, x.rows * blocks);
+        self.dispatch(
+            Shader::plain(Frame::Quantize),
+            &[x.storage(), &bytes, &scales],
+            &[x.stride4(), blocks as u32],
+            [blocks.div_ceil(64), x.rows, 1],
+            x.rows * x.stride,
+        );
+    }
+
+    /// Makes room for the rows of this pass in a layer.
+    fn reserve(&mut self, cache: &mut Cache, layer: usize) {
+        let wanted = self.rows.first_slot + self.rows.len();
+        let words = cache.words();
+        let now = cache.slots[layer];
+        if wanted <= now {
+            return;
+        }
+        let limit = self.gpu.device.binding_limit() as usize / (4 * words);
+        if wanted > limit {
+            return self.fail(format!("holds {limit} rows of context, {wanted} are wanted"));
+        }
+        let slots = wanted.max(2 * now).next_multiple_of(256).min(limit);
+        let device = &self.gpu.device;
+        let new = [(); 2].map(|()| device.storage(4 * (slots * words) as u64));
+        if let Some(old) = cache.layers[layer].replace(new.clone()) {
+            let bytes = 4 * (now * words) as u64;
+            self.arena.work.copies.extend(old.into_iter().zip(new).map(|(a, b)| (a, b, bytes)));
+            device.replaced();
+        }
+        cache.slots[layer] = slots;
+    }
+}
+
+impl Pass<Gpu> for GpuPass<'_> {
+    fn embed(&mut self, table: &Embedding, out: &mut Buffer) {
+        let table = &table.0;
+        assert_eq!(table.cols, out.width);
+        let n = self.rows.len();
+        self.set_rows(out, n);
+        let chunks = table.cols.div_ceil(CHUNK);
+        for part in table.parts.iter() {
+            let stride = out.stride / 4;
+            let params = [table.cols, chunks, table.row_bytes, part.first, part.rows, stride];
+            self.dispatch(
+                Shader::weights(Frame::Embed, table.block),
+                &[&part.bytes, out.storage()],
+                &params.map(|n| n as u32),
+                [chunks.div_ceil(64), n, 1],
+                n * table.cols,
+            );
+        }
+    }
+
+    fn write(&mut self, rows: &[f32], out: &mut Buffer) {
+        assert_eq!(rows.len() % out.width, 0);
+        self.set_rows(out, rows.len() / out.width);
+        if self.failed.is_some() {
+            return;
+        }
+        let device = &self.gpu.device;
+        if out.stride == out.width {
+            return device.write(out.storage(), 0, rows);
+        }
+        for (i, row) in rows.chunks_exact(out.width).enumerate() {
+            device.write(out.storage(), 4 * (i * out.stride) as u64, row);
+        }
+    }
+
+    fn rms_norm(&mut self, x: &Buffer, weight: &Vector, epsilon: f32, out: &mut Buffer) {
+        assert_eq!((x.width, x.width), (out.width, weight.len));
+        self.set_rows(out, x.rows);
+        self.dispatch(
+            Shader { subgroup: self.gpu.subgroup, ..Shader::plain(Frame::RmsNorm) },
+            &[x.storage(), &weight.floats, out.storage()],
+            &[x.width as u32, x.stride as u32, epsilon.to_bits()],
+            [x.rows, 1, 1],
+            x.rows * x.width,
+        );
+    }
+
+    fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
+        self.quantize(x, to.iter().map(|(matrix, _)| matrix.block));
+        for (matrix, out) in to.iter_mut() {
+            self.product(x, matrix, out, false);
+        }
+    }
+
+    fn linear_add(&mut self, x: &Buffer, weight: &Matrix, out: &mut Buffer) {
+        self.quantize(x, std::iter::once(weight.block));
+        self.product(x, weight, out, true);
+    }
+
+    fn rotate_and_store(
+        &mut self,
+        q: &mut Buffer,
+        k: &mut Buffer,
+        v: &Buffer,
+        pairs: RotaryPairs,
+        cache: &mut Cache,
+        layer: usize,
+    ) {
+        let CacheShape { kv_heads, head_dim, .. } = cache.shape;
+        if head_dim % 2 != 0 || head_dim > MAX_HEAD {
+            return self.fail(format!(
+                "runs heads of up to {MAX_HEAD} elements, an even number, not of {head_dim}"
+            ));
+        }
+        self.reserve(cache, layer);
+        let n = self.rows.len();
+        let Some([keys, values]) = &cache.layers[layer] else { return };
+        if self.failed.is_some() {
+            return;
+        }
+        let (heads, rotated) = (q.width / head_dim, self.rows.rotations.len() / n);
+        let halves = usize::from(pairs == RotaryPairs::Halves);
+        let params = [
+            heads,
+            kv_heads,
+            head_dim,
+            rotated,
+            q.stride,
+            k.stride,
+            self.rows.first_slot,
+            self.rotations_at as usize,
+            halves,
+        ];
+        let threads = heads * rotated + kv_heads * head_dim;
+        self.dispatch(
+            Shader::cache(Frame::RotateStore, cache.is_f16()),
+            &[q.storage(), k.storage(), v.storage(), keys, values],
+            &params.map(|n| n as u32),
+            [threads.div_ceil(64), n, 1],
+            n * threads,
+        );
+    }
+
+    fn attend(&mut self, q: &Buffer, cache: &Cache, layer: usize, out: &mut Buffer) {
+        assert_eq!((q.width, q.rows), (out.width, self.rows.len()));
+        self.set_rows(out, q.rows);
+        let Some([keys, values]) = &cache.layers[layer] else { return };
+        if self.failed.is_some() {
+            return;
+        }
+        let CacheShape { kv_heads, head_dim, .. } = cache.shape;
+        let heads = q.width / head_dim;
+        let line = self.rows.line;
+        let deepest = self.rows.paths.iter().map(|path| path.count_ones()).max().unwrap_or(0);
+        let splits = (line + deepest as usize).div_ceil(SPLIT);
+        // One split is written where it belongs; several are merged.
+        let row_floats = if splits > 1 { heads * splits * (head_dim + 2) } else { 0 };
+        let at_once = match row_floats {
+            0 => q.rows,
+            floats => (PARTIAL_BYTES / (4 * floats)).clamp(1, q.rows),
+        };
+        let partial = self.scratch(0, at_once * row_floats);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        for first in (0..q.rows).step_by(at_once) {
+            let rows = at_once.min(q.rows - first);
+            let params = [
+                (heads / kv_heads) as u32,
+                kv_heads as u32,
+                head_dim as u32,
+                q.stride as u32,
+                line as u32,
+                self.paths_at,
+                scale.to_bits(),
+                first as u32,
+                splits as u32,
+            ];
+            self.dispatch(
+                Shader::cache(Frame::Attend, cache.is_f16()),
+                &[q.storage(), keys, values, &partial, out.storage()],
+                &params,
+                [heads, rows, splits],
+                2 * rows * (line + deepest as usize) * q.width,
+            );
+            if splits > 1 {
+                let params = [
+                    head_dim as u32,
+                    q.stride as u32,
+                    line as u32,
+                    self.paths_at,
+                    first as u32,
+                    splits as u32,
+                ];
+                self.dispatch(
+                    Shader::plain(Frame::Combine),
+                    &[&partial, out.storage()],
+                    &params,
+                    [heads, rows, 1],
+                    rows * splits * q.width,
+                );
+            }
+        }
+    }
+
+    fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
+        assert_eq!((gate.stride, gate.rows), (up.stride, up.rows));
+        self.dispatch(
+            Shader::plain(Frame::Swiglu),
+            &[gate.storage(), up.storage()],
+            &[gate.stride4()],
+            [(gate.stride / 4).div_ceil(64), gate.rows, 1],
+            gate.rows * gate.stride,
+        );
+    }
+
+    fn gather(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) {
+        assert_eq!(x.width, out.width);
+        assert!(rows.iter().all(|&row| (row as usize) < x.rows));
+        self.set_rows(out, rows.len());
+        let at = self.arena.work.data.len() as u32;
+        self.arena.work.data.extend_from_slice(rows);
+        self.dispatch(
+            Shader::plain(Frame::Gather),
+            &[x.storage(), out.storage()],
+            &[x.stride4(), at],
+            [(x.stride / 4).div_ceil(64), rows.len(), 1],
+            rows.len() * x.stride,
+        );
+    }
+}

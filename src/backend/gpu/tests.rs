@@ -1,0 +1,430 @@
+//! Every verb against the CPU's, or against exact arithmetic where the CPU rounds.
+//!
+//! They run on any adapter, the software one included. Without one they are skipped, and say so;
+//! with `MTAD_REQUIRE_GPU` set that is a failure.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::backend::cpu::Cpu;
+use crate::gguf::{Gguf, Writer};
+
+/// The first adapter.
+fn adapter() -> Option<Adapter> {
+    let found = Adapter::all().into_iter().next();
+    if found.is_none() {
+        let required = std::env::var_os("MTAD_REQUIRE_GPU").is_some_and(|v| v != "0");
+        assert!(!required, "MTAD_REQUIRE_GPU is set, and no adapter was found");
+        eprintln!("skipped: no adapter was found (a Vulkan driver such as lavapipe would do)");
+    }
+    found
+}
+
+/// The adapter with its defaults and with each variant forced.
+fn gpus() -> Vec<Gpu> {
+    let Some(adapter) = adapter() else { return Vec::new() };
+    ["", "no-subgroups", "int8", "int8,no-subgroups"]
+        .map(|words| Gpu::with(&adapter, Variants::parse(words).unwrap()).unwrap())
+        .into()
+}
+
+/// Numbers from -1 to 1.
+fn noise(seed: u32) -> impl Iterator<Item = f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    std::iter::repeat_with(move || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+/// A tensor of random weights.
+fn tensor(block: BlockType, rows: usize, cols: usize) -> SharedTensor {
+    let mut next = noise(rows as u32 * 31 + cols as u32);
+    let mut random = || next.next().unwrap();
+    let len = rows * cols / block.block_len();
+    let mut bytes = Vec::new();
+    for _ in 0..len {
+        match block {
+            BlockType::F32 => bytes.extend(random().to_le_bytes()),
+            BlockType::F16 => bytes.extend(half::f16::from_f32(random()).to_le_bytes()),
+            BlockType::BF16 => bytes.extend(half::bf16::from_f32(random()).to_le_bytes()),
+            _ => {
+                let at = bytes.len();
+                bytes.extend((0..block.block_bytes()).map(|_| (random() * 1e4) as i32 as u8));
+                for offset in block.scale_offsets() {
+                    let scale = half::f16::from_f32(0.01 + 0.01 * random()).to_le_bytes();
+                    bytes[at + offset..][..2].copy_from_slice(&scale);
+                }
+            }
+        }
+    }
+    let mut writer = Writer::new();
+    writer.set("general.architecture", "test");
+    writer.tensor("t", &[cols as u64, rows as u64], block, bytes);
+    let file = Arc::new(Gguf::from_vec("test.gguf", writer.to_vec()).unwrap());
+    SharedTensor::find(&file, "t").unwrap()
+}
+
+fn floats(tensor: &SharedTensor) -> Vec<f32> {
+    let view = tensor.view();
+    let mut out = vec![0.0; view.rows * view.cols];
+    view.block_type.dequantize(view.bytes, &mut out);
+    out
+}
+
+fn nmse(x: &[f32], exact: &[f64]) -> f64 {
+    assert_eq!(x.len(), exact.len());
+    let error: f64 = x.iter().zip(exact).map(|(&x, e)| (f64::from(x) - e).powi(2)).sum();
+    error / exact.iter().map(|e| e * e).sum::<f64>()
+}
+
+/// A pass over `n` rows that see themselves alone.
+fn plain<B: Backend, R>(backend: &B, n: usize, record: impl FnOnce(&mut B::Pass<'_>) -> R) -> R {
+    let paths: Vec<u128> = (0..n).map(|i| 1 << i).collect();
+    let tokens: Vec<u32> = (0..n as u32).collect();
+    let rows = Rows { tokens: &tokens, line: 0, first_slot: 0, paths: &paths, rotations: &[] };
+    backend.pass(&rows, 1 << 20, |pass| Ok(record(pass))).unwrap()
+}
+
+fn read<B: Backend>(backend: &B, buffer: &B::Buffer) -> Vec<f32> {
+    let mut copy = Vec::new();
+    backend.read(buffer, &mut copy).unwrap().to_vec()
+}
+
+fn product<B: Backend>(
+    backend: &B,
+    (weight, bias): (&SharedTensor, Option<&SharedTensor>),
+    x: &[f32],
+) -> Vec<f32> {
+    let (rows, cols) = (weight.view().rows, weight.view().cols);
+    let matrix = backend.matrix(weight, bias).unwrap();
+    let (mut from, mut to) = (backend.buffer(cols), backend.buffer(rows));
+    plain(backend, x.len() / cols, |pass| {
+        pass.write(x, &mut from);
+        pass.linear(&from, &mut [(&matrix, &mut to)]);
+        // Added once more, without its bias it would not be twice as much.
+        pass.linear_add(&from, &matrix, &mut to);
+    });
+    read(backend, &to)
+}
+
+#[test]
+fn products_of_every_type_are_exact_and_do_not_depend_on_the_number_of_rows() {
+    for gpu in gpus() {
+        let int8 = gpu.variants().int8;
+        let types: &[_] = match gpu.variants() == Variants::default() {
+            true => &BlockType::READABLE,
+            // Compiling takes its time; these have one of each kind.
+            false => &[BlockType::F16, BlockType::Q4_0, BlockType::Q4_K, BlockType::Q6_K],
+        };
+        for &block in types {
+            // Odd numbers of blocks, so that rows begin in the middle of a word; of float types,
+            // rows that end within a chunk and within a group.
+            let cols = match block.block_len() {
+                1 => 171,
+                32 => 32 * 37,
+                _ => 256 * 5,
+            };
+            let (rows, n) = (19, 11);
+            let weight = tensor(block, rows, cols);
+            let bias = tensor(BlockType::F32, 1, rows);
+            let x: Vec<f32> = noise(7).take(n * cols).collect();
+            let (w, b) = (floats(&weight), floats(&bias));
+            let exact: Vec<f64> = (0..n * rows)
+                .map(|i| {
+                    let (x, w) = (&x[i / rows * cols..][..cols], &w[i % rows * cols..][..cols]);
+                    let dot: f64 =
+                        x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                    2.0 * (dot + f64::from(b[i % rows]))
+                })
+                .collect();
+            let all = product(&gpu, (&weight, Some(&bias)), &x);
+            let limit = if int8 && !block.is_float() { 1e-4 } else { 1e-11 };
+            let error = nmse(&all, &exact);
+            assert!(error < limit, "{block} ({}): {error:.1e}", gpu.kernels());
+            for width in [1, 2, 3, 5, 8] {
+                let mut few = Vec::new();
+                for x in x.chunks(width * cols) {
+                    few.extend(product(&gpu, (&weight, Some(&bias)), x));
+                }
+                assert!(few == all, "{block} ({}), {width} rows at a time", gpu.kernels());
+            }
+        }
+        assert_eq!(gpu.padded_types(), [], "{}", gpu.kernels());
+    }
+}
+
+#[test]
+fn a_matrix_larger_than_a_binding_is_split_by_rows() {
+    let Some(adapter) = adapter() else { return };
+    let mut gpu = Gpu::with(&adapter, Variants::default()).unwrap();
+    let weight = tensor(BlockType::Q6_K, 50, 256);
+    let bias = tensor(BlockType::F32, 1, 50);
+    let x: Vec<f32> = noise(3).take(3 * 256).collect();
+    let whole = product(&gpu, (&weight, Some(&bias)), &x);
+    let table = embedded(&gpu, &weight, 50);
+    gpu.part_limit = 210 * 17;
+    assert_eq!(gpu.parts(&weight.view()).unwrap().len(), 3);
+    assert_eq!(product(&gpu, (&weight, Some(&bias)), &x), whole);
+    assert_eq!(embedded(&gpu, &weight, 50), table);
+    gpu.part_limit = 209;
+    gpu.uploads = Mutex::default();
+    let error = gpu.matrix(&weight, None).unwrap_err().to_string();
+    assert!(error.contains("tensor `t` has rows of 210 bytes"), "{error}");
+}
+
+fn embedded<B: Backend>(backend: &B, table: &SharedTensor, n: usize) -> Vec<f32> {
+    let embedding = backend.embedding(table).unwrap();
+    let mut out = backend.buffer(table.view().cols);
+    plain(backend, n, |pass| pass.embed(&embedding, &mut out));
+    read(backend, &out)
+}
+
+#[test]
+fn embedding_rows_are_those_of_the_scalar_code() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    for block in BlockType::READABLE {
+        let cols = if block.block_len() == 1 { 45 } else { block.block_len() * 3 };
+        let table = tensor(block, 9, cols);
+        let (out, exact) = (embedded(&gpu, &table, 9), floats(&table));
+        for (i, (x, e)) in out.iter().zip(&exact).enumerate() {
+            // Scales and minima are multiplied in another order.
+            assert!((x - e).abs() <= 1e-6 * (1.0 + e.abs()), "{block} at {i}: {x}, not {e}");
+        }
+        assert_eq!(out.len(), exact.len());
+    }
+}
+
+/// Norm, SwiGLU, gather and hand-over of some rows.
+fn small_verbs<B: Backend>(backend: &B, width: usize) -> Vec<f32> {
+    let weight = backend.vector(&tensor(BlockType::F32, 1, width)).unwrap();
+    let x: Vec<f32> = noise(5).take(6 * width).map(|x| 40.0 * x).collect();
+    let [mut a, mut b, mut c] = [(); 3].map(|()| backend.buffer(width));
+    plain(backend, 6, |pass| {
+        pass.write(&x, &mut a);
+        pass.rms_norm(&a, &weight, 1e-5, &mut b);
+        pass.swiglu(&mut a, &b);
+        pass.gather(&a, &[5, 0, 3], &mut c);
+    });
+    let mut out = read(backend, &b);
+    out.extend(read(backend, &c));
+    out
+}
+
+#[test]
+fn small_verbs_are_those_of_the_cpu() {
+    let cpu = Cpu::new(1).unwrap();
+    for gpu in gpus() {
+        for width in [64, 100, 1030] {
+            let exact: Vec<f64> = small_verbs(&cpu, width).into_iter().map(f64::from).collect();
+            let error = nmse(&small_verbs(&gpu, width), &exact);
+            assert!(error < 1e-12, "{width} wide ({}): {error:.1e}", gpu.kernels());
+        }
+    }
+}
+
+/// The shape of an attention.
+#[derive(Debug, Clone, Copy)]
+struct Heads {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    rotated: usize,
+    pairs: RotaryPairs,
+    cache_type: CacheType,
+}
+
+/// Evaluates rows in a cache, `at_a_time` rows to a pass: a line, then a tree whose rows are given
+/// by their parents. Returns what attention gives for the tree's rows.
+fn attention<B: Backend>(
+    backend: &B,
+    h: Heads,
+    line: usize,
+    parents: &[Option<usize>],
+    at_a_time: usize,
+) -> Vec<f32> {
+    let Heads { heads, kv_heads, head_dim, rotated, .. } = h;
+    let mut cache =
+        backend.cache(CacheShape { layers: 1, kv_heads, head_dim, cache_type: h.cache_type });
+    let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+    let mut paths: Vec<u128> = Vec::new();
+    for (i, parent) in parents.iter().enumerate() {
+        paths.push(parent.map_or(0, |p| paths[p]) | 1 << i);
+    }
+    let mut out = Vec::new();
+    let mut run = |line: usize, slot: usize, positions: &[usize], paths: &[u128]| {
+        let n = positions.len();
+        let angle =
+            |p: usize, i: usize| (p as f64 / 50f64.powf(i as f64 / rotated as f64)).sin_cos();
+        let rotations: Vec<[f32; 2]> = positions
+            .iter()
+            .flat_map(|&p| (0..rotated / 2).map(move |i| angle(p, i)))
+            .map(|(s, c)| [c as f32, s as f32])
+            .collect();
+        let tokens = vec![0; n];
+        let rows = Rows { tokens: &tokens, line, first_slot: slot, paths, rotations: &rotations };
+        let [mut q, mut a] = [(); 2].map(|()| backend.buffer(q_width));
+        let [mut k, mut v] = [(); 2].map(|()| backend.buffer(kv_width));
+        // What a row holds follows from its slot.
+        let row = |slot: usize, what: u32, width| noise(1 + slot as u32 * 3 + what).take(width);
+        let values = |what, width| -> Vec<f32> {
+            (slot..slot + n).flat_map(|slot| row(slot, what, width)).collect()
+        };
+        backend
+            .pass(&rows, 1 << 20, |pass| {
+                pass.write(&values(0, q_width), &mut q);
+                pass.write(&values(1, kv_width), &mut k);
+                pass.write(&values(2, kv_width), &mut v);
+                pass.rotate_and_store(&mut q, &mut k, &v, h.pairs, &mut cache, 0);
+                pass.attend(&q, &cache, 0, &mut a);
+                Ok(())
+            })
+            .unwrap();
+        read(backend, &a)
+    };
+    for start in (0..line).step_by(100) {
+        let n = 100.min(line - start);
+        let positions: Vec<_> = (start..start + n).collect();
+        let chain: Vec<u128> = (0..n).map(|i| (1 << i) | ((1 << i) - 1)).collect();
+        run(start, start, &positions, &chain);
+    }
+    for first in (0..paths.len()).step_by(at_a_time) {
+        let paths = &paths[first..paths.len().min(first + at_a_time)];
+        let positions: Vec<_> =
+            paths.iter().map(|path| line + path.count_ones() as usize - 1).collect();
+        out.extend(run(line, line + first, &positions, paths));
+    }
+    out
+}
+
+#[test]
+fn attention_is_the_cpus_and_does_not_depend_on_its_neighbours() {
+    let cpu = Cpu::new(1).unwrap();
+    let gpus = gpus();
+    let Some(gpu) = gpus.first() else { return };
+    // A tree with branches and abandoned rows.
+    let parents: Vec<Option<usize>> = (0..23usize)
+        .map(|i| match i % 5 {
+            0 => i.checked_sub(7),
+            1 => i.checked_sub(1),
+            _ => i.checked_sub(2),
+        })
+        .collect();
+    let usual = Heads {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 32,
+        rotated: 32,
+        pairs: RotaryPairs::Interleaved,
+        cache_type: CacheType::F16,
+    };
+    for h in [
+        usual,
+        Heads { pairs: RotaryPairs::Halves, cache_type: CacheType::F32, ..usual },
+        Heads { head_dim: 160, rotated: 60, heads: 2, kv_heads: 1, ..usual },
+        Heads { head_dim: 6, rotated: 4, pairs: RotaryPairs::Halves, ..usual },
+    ] {
+        // Within a tile, at the edge of a split, and over several.
+        for line in [0, 5, 250, 700] {
+            let exact = attention(&cpu, h, line, &parents, 128);
+            let exact: Vec<f64> = exact.into_iter().map(f64::from).collect();
+            let all = attention(gpu, h, line, &parents, 128);
+            let error = nmse(&all, &exact);
+            // Halves are rounded by the driver.
+            let limit = if h.cache_type == CacheType::F16 { 1e-6 } else { 1e-11 };
+            assert!(error < limit, "{h:?} after {line}: {error:.1e}");
+            for at_a_time in [1, 3] {
+                let few = attention(gpu, h, line, &parents, at_a_time);
+                assert!(few == all, "{h:?} after {line}, {at_a_time} rows at a time");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_committed_row_reads_as_it_did_in_the_tree() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    for cache_type in [CacheType::F16, CacheType::F32] {
+        let shape = CacheShape { layers: 2, kv_heads: 1, head_dim: 8, cache_type };
+        let mut cache = gpu.cache(shape);
+        let words = cache.words();
+        for layer in &mut cache.layers {
+            *layer = Some([(); 2].map(|()| gpu.device.storage(4 * 6 * words as u64)));
+            for storage in layer.iter().flatten() {
+                let rows: Vec<f32> = (0..6 * words).map(|i| (i / words) as f32).collect();
+                gpu.device.write(storage, 0, &rows);
+            }
+        }
+        gpu.move_rows(&mut cache, &[(3, 1), (4, 2), (2, 0)]).unwrap();
+        for storage in cache.layers.iter().flatten().flatten() {
+            let mut rows = Vec::new();
+            gpu.device.read(storage, 6 * words, &mut rows).unwrap();
+            let first: Vec<f32> = rows.chunks(words).map(|row| row[0]).collect();
+            assert_eq!(first, [4.0, 3.0, 4.0, 3.0, 4.0, 5.0]);
+            assert!(rows.chunks(words).all(|row| row.iter().all(|x| *x == row[0])));
+        }
+    }
+}
+
+#[test]
+fn heads_that_do_not_fit_are_refused_and_nothing_breaks() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: 512, cache_type: CacheType::F16 };
+    let mut cache = gpu.cache(shape);
+    let [mut q, mut k, mut v, mut out] = [(); 4].map(|()| gpu.buffer(512));
+    let rows = Rows { tokens: &[0], line: 0, first_slot: 0, paths: &[1], rotations: &[[1.0, 0.0]] };
+    let error = gpu
+        .pass(&rows, 1, |pass| {
+            for buffer in [&mut q, &mut k, &mut v] {
+                pass.write(&[0.0; 512], buffer);
+            }
+            pass.rotate_and_store(&mut q, &mut k, &v, RotaryPairs::Halves, &mut cache, 0);
+            pass.attend(&q, &cache, 0, &mut out);
+            Ok(())
+        })
+        .unwrap_err();
+    assert!(matches!(&error, Error::Device { what, .. } if what.contains("not of 512")), "{error}");
+    // The next pass is none the worse for it.
+    small_verbs(&gpu, 64);
+}
+
+#[test]
+fn a_destroyed_device_is_lost_and_says_so() {
+    let Some(adapter) = adapter() else { return };
+    let gpu = Gpu::with(&adapter, Variants::default()).unwrap();
+    small_verbs(&gpu, 64);
+    gpu.destroy();
+    let mut buffer = gpu.buffer(64);
+    let rows = Rows { tokens: &[0], line: 0, first_slot: 0, paths: &[1], rotations: &[] };
+    let lost = gpu.pass(&rows, 1, |pass| {
+        pass.write(&[0.0; 64], &mut buffer);
+        Ok(())
+    });
+    assert!(matches!(lost, Err(Error::DeviceLost { .. })), "{lost:?}");
+}
+
+#[test]
+fn names_choose_adapters() {
+    let adapters = Adapter::all();
+    for (i, adapter) in adapters.iter().enumerate() {
+        assert_eq!(Adapter::named(&adapters, &format!("gpu:{i}")).unwrap().name(), adapter.name());
+        let part = adapter.name().to_uppercase();
+        assert_eq!(Adapter::named(&adapters, &part).unwrap().name(), adapter.name());
+    }
+    for name in ["gpu:99", "gpu:x", "", "no such device", "gpux"] {
+        let error = Adapter::named(&adapters, name).unwrap_err().to_string();
+        assert!(error.contains("there is `cpu`"), "{error}");
+    }
+    // Software runs only if it is asked for.
+    let software: Vec<_> = adapters.into_iter().filter(Adapter::is_software).collect();
+    assert!(Adapter::named(&software, "gpu").is_err());
+    assert!(Adapter::best(&software).is_none());
+}
+
+#[test]
+fn variants_are_read_from_words() {
+    assert_eq!(Variants::parse("").unwrap(), Variants::default());
+    let all = Variants { subgroups: false, int8: true, padded: true };
+    assert_eq!(Variants::parse("no-subgroups, int8,padded").unwrap(), all);
+    assert!(Variants::parse("fast").unwrap_err().to_string().contains("MTAD_GPU has `fast`"));
+}

@@ -1,0 +1,126 @@
+//! Going on when a device is lost: the session's rows are evaluated again, on another.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::lm::{Batch, Lm, Outputs, Row, Token, Want, extend};
+use super::tree::rows_of;
+use super::{Model, SessionOptions};
+use crate::error::{Error, Result};
+
+/// Another place for a model, which is loaded there when it is needed.
+pub(super) struct Spare {
+    load: Box<dyn Fn() -> Result<Model> + Send + Sync>,
+    loaded: Mutex<Option<Model>>,
+    notes: Arc<Mutex<Vec<String>>>,
+}
+
+impl Spare {
+    pub fn new(
+        notes: Arc<Mutex<Vec<String>>>,
+        load: impl Fn() -> Result<Model> + Send + Sync + 'static,
+    ) -> Self {
+        Spare { load: Box::new(load), loaded: Mutex::default(), notes }
+    }
+
+    /// The model, and a note of why it is there.
+    fn model(&self, why: &Error) -> Result<Model> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(model) = &*loaded {
+            return Ok(model.clone());
+        }
+        let model = (self.load)()?;
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.push(format!("{why}; went on with {}", model.device().describe()));
+        Ok(loaded.insert(model).clone())
+    }
+}
+
+/// A session that outlives its device.
+pub(super) struct Rescued {
+    lm: Box<dyn Lm>,
+    spare: Arc<Spare>,
+    options: SessionOptions,
+    /// Whether `lm` is on the spare device already.
+    moved: bool,
+    line: Vec<Token>,
+    /// The uncommitted rows: tokens, parents, and ancestors as bits.
+    tree: Vec<(Token, Option<Row>, u128)>,
+    outputs: Outputs,
+}
+
+impl Rescued {
+    pub fn new(lm: Box<dyn Lm>, spare: Arc<Spare>, options: SessionOptions) -> Self {
+        Rescued {
+            lm,
+            spare,
+            options,
+            moved: false,
+            line: Vec::new(),
+            tree: Vec::new(),
+            outputs: Outputs::default(),
+        }
+    }
+
+    /// Whether to do again what failed: the device is lost, and the session now is on another.
+    fn goes_on(&mut self, error: Error) -> Result<()> {
+        if self.moved || !matches!(error, Error::DeviceLost { .. }) {
+            return Err(error);
+        }
+        let mut lm = self.spare.model(&error)?.session(&self.options);
+        extend(&mut *lm, &self.line)?;
+        let mut batch = Batch::new();
+        for &(token, parent, _) in &self.tree {
+            batch.push(token, parent, Want::Nothing);
+        }
+        lm.eval(&batch)?;
+        (self.lm, self.moved) = (lm, true);
+        Ok(())
+    }
+}
+
+impl Lm for Rescued {
+    fn vocab_size(&self) -> usize {
+        self.lm.vocab_size()
+    }
+
+    fn committed(&self) -> usize {
+        self.lm.committed()
+    }
+
+    fn capacity(&self) -> usize {
+        self.lm.capacity()
+    }
+
+    fn eval(&mut self, batch: &Batch<'_>) -> Result<&Outputs> {
+        loop {
+            // (A copy, because a session that may yet be replaced cannot be borrowed from.)
+            match self.lm.eval(batch) {
+                Ok(outputs) => break self.outputs.assign(outputs),
+                Err(error) => self.goes_on(error)?,
+            }
+        }
+        for (&token, &parent) in batch.tokens.iter().zip(&batch.parents) {
+            let above = parent.map_or(0, |Row(p)| self.tree[p as usize].2);
+            self.tree.push((token, parent, above | 1 << self.tree.len()));
+        }
+        Ok(&self.outputs)
+    }
+
+    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
+        while let Err(error) = self.lm.keep(tip) {
+            // The session it happened to has committed the rows; the new one has not.
+            self.goes_on(error)?;
+        }
+        let path = tip.map_or(0, |Row(r)| self.tree[r as usize].2);
+        self.line.extend(rows_of(path).map(|Row(r)| self.tree[r as usize].0));
+        self.tree.clear();
+        Ok(())
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.lm.truncate(len)?;
+        self.line.truncate(len);
+        self.tree.clear();
+        Ok(())
+    }
+}
