@@ -114,6 +114,17 @@ impl CacheShape {
     }
 }
 
+/// The largest numbers of some rows, as a device found them.
+#[derive(Debug, Clone, Default)]
+pub struct Largest {
+    /// How many of each row.
+    pub k: usize,
+    /// Places and numbers, row by row: largest first, of equal ones the first.
+    pub top: Vec<(u32, f32)>,
+    /// For each row, ln sum exp(x / temperature).
+    pub log_sum_exp: Vec<f64>,
+}
+
 /// A device that holds weights and evaluates passes.
 pub trait Backend: Send + Sync + 'static {
     /// A matrix of weights in the backend's own form, with its bias if it has one.
@@ -214,6 +225,22 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// What the device reports.
     fn read<'a>(&self, buffer: &'a Self::Buffer, copy: &'a mut Vec<f32>) -> Result<&'a [f32]>;
+
+    /// The `k` largest of each row of a buffer (which are as long as `k` at least), and their
+    /// log-sum-exp at a temperature, where that is cheaper than to read the rows. False if it is
+    /// not: the rows are to be read.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn read_largest(
+        &self,
+        _buffer: &Self::Buffer,
+        _k: usize,
+        _temperature: f32,
+        _largest: &mut Largest,
+    ) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// The verbs of a forward pass. Shapes are `rows x width`; `rows` is the pass's unless a buffer

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::cpu::{self, Cpu, CpuPass};
 use super::gpu::{self, Gpu, GpuPass};
-use super::{Backend, CacheShape, Pass, RotaryPairs, Rows};
+use super::{Backend, CacheShape, Largest, Pass, RotaryPairs, Rows};
 use crate::error::Result;
 use crate::gguf::SharedTensor;
 
@@ -132,6 +132,17 @@ impl Backend for Split {
         }
         self.gpu.read_into(&buffer.gpu.borrow(), copy)?;
         Ok(copy)
+    }
+
+    fn read_largest(
+        &self,
+        buffer: &Buffer,
+        k: usize,
+        temperature: f32,
+        largest: &mut Largest,
+    ) -> Result<bool> {
+        let on_gpu = buffer.on_gpu.get();
+        Ok(on_gpu && self.gpu.read_largest(&buffer.gpu.borrow(), k, temperature, largest)?)
     }
 }
 

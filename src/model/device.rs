@@ -48,6 +48,9 @@ impl Device {
         if name.eq_ignore_ascii_case("cpu") || layers == Some(0) {
             return Ok(Device::Cpu(cpu));
         }
+        if auto && !Adapter::may_be_there() {
+            return Ok(Device::Cpu(cpu));
+        }
         let adapters = Adapter::all();
         let gpu = match auto {
             false => Gpu::open(Adapter::named(&adapters, name)?)?,
@@ -63,7 +66,7 @@ impl Device {
 
     /// Where `auto` runs a model among these adapters, and why.
     pub fn auto_choice(adapters: &[Adapter]) -> (String, &'static str) {
-        match Adapter::best(adapters) {
+        match Adapter::best(adapters).filter(|_| Adapter::may_be_there()) {
             Some(adapter) => (adapter.name().to_owned(), "a GPU is there"),
             None if adapters.is_empty() => ("cpu".to_owned(), "no GPU driver was found"),
             None => {

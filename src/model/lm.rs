@@ -10,6 +10,7 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
+use crate::backend::Largest;
 use crate::error::{Error, Result};
 
 /// A token's number in the vocabulary.
@@ -238,6 +239,22 @@ impl Outputs {
             match want {
                 Want::Nothing => self.push_nothing(),
                 want => self.push(want, rows.next().expect("a row of logits for each want")),
+            }
+        }
+    }
+}
+
+impl Outputs {
+    /// Takes what a device found of the rows that want something, all of which want [`Want::Top`].
+    pub(crate) fn from_largest(&mut self, wants: &[Want<'_>], largest: &Largest) {
+        let mut rows = largest.top.chunks_exact(largest.k).zip(&largest.log_sum_exp);
+        for want in wants {
+            match want {
+                Want::Top { k, temperature } => {
+                    let (top, &sum) = rows.next().expect("a row for each want");
+                    self.push_top(top.iter().take(*k).copied(), temperature.map(|_| sum));
+                }
+                _ => self.push_nothing(),
             }
         }
     }

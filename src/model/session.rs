@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::lm::{Batch, Lm, Outputs, Row, Want};
 use super::tree::Tree;
-use crate::backend::{Backend, CacheShape, Rows};
+use crate::backend::{Backend, CacheShape, Largest, Rows};
 use crate::error::{Error, Result};
 
 /// What an architecture says of itself.
@@ -64,6 +64,7 @@ pub struct Session<B: Backend, A: Architecture<B>> {
     paths: Vec<u128>,
     wanted: Vec<u32>,
     readback: Vec<f32>,
+    largest: Largest,
     outputs: Outputs,
 }
 
@@ -85,6 +86,7 @@ impl<B: Backend, A: Architecture<B>> Session<B, A> {
             paths: Vec::new(),
             wanted: Vec::new(),
             readback: Vec::new(),
+            largest: Largest::default(),
             outputs: Outputs::default(),
         }
     }
@@ -130,10 +132,38 @@ impl<B: Backend, A: Architecture<B>> Session<B, A> {
             batch.wants.iter().for_each(|_| self.outputs.push_nothing());
             return Ok(());
         }
-        let logits = self.backend.read(model.logits(&self.activations), &mut self.readback)?;
+        let logits = model.logits(&self.activations);
+        if let Some((k, temperature)) = only_largest(&batch.wants)
+            && self.backend.read_largest(logits, k, temperature, &mut self.largest)?
+        {
+            self.outputs.from_largest(&batch.wants, &self.largest);
+            return Ok(());
+        }
+        let logits = self.backend.read(logits, &mut self.readback)?;
         self.outputs.from_logits(&batch.wants, logits, model.shape().vocab_size);
         Ok(())
     }
+}
+
+/// How many of the largest logits do for all rows, and the temperature of their sums, if the rows
+/// want nothing else.
+fn only_largest(wants: &[Want<'_>]) -> Option<(usize, f32)> {
+    let (mut most, mut common) = (0, None);
+    for want in wants {
+        match *want {
+            Want::Nothing => {}
+            Want::Top { k, temperature } => {
+                most = most.max(k);
+                match (common, temperature) {
+                    (Some(a), Some(b)) if a != b => return None,
+                    (None, Some(_)) => common = temperature,
+                    _ => {}
+                }
+            }
+            _ => return None,
+        }
+    }
+    (most > 0).then_some((most, common.unwrap_or(1.0)))
 }
 
 impl<B: Backend, A: Architecture<B>> Lm for Session<B, A> {

@@ -32,6 +32,14 @@ impl Adapter {
             .collect()
     }
 
+    /// Whether there may be a GPU at all: on Linux, whether the kernel shows one. That is a look at
+    /// a few names, where asking the drivers takes its time and is not always quiet.
+    pub fn may_be_there() -> bool {
+        const NODES: [&str; 6] = ["dri", "nvidiactl", "nvidia0", "dxg", "kgsl-3d0", "mali0"];
+        let shown = |name: &&str| std::path::Path::new("/dev").join(name).exists();
+        !cfg!(target_os = "linux") || NODES.iter().any(|name| shown(&name))
+    }
+
     /// Its name, as its driver gives it.
     pub fn name(&self) -> &str {
         &self.info.name
@@ -88,6 +96,15 @@ impl Adapter {
     /// Whether shaders may compute in half precision.
     pub fn has_f16(&self) -> bool {
         self.features.contains(wgpu::Features::SHADER_F16)
+    }
+
+    /// Whether shaders can read the half-precision numbers of weights and caches: nothing runs
+    /// without.
+    pub fn reads_f16(&self) -> bool {
+        let flags = self.raw.get_downlevel_capabilities().flags;
+        flags.contains(
+            wgpu::DownlevelFlags::SHADER_F16_IN_F32 | wgpu::DownlevelFlags::COMPUTE_SHADERS,
+        )
     }
 
     /// Whether it can say when its work begins and ends.

@@ -88,8 +88,8 @@ pub(super) struct Arena {
     data: wgpu::Buffer,
     group: wgpu::BindGroup,
     pub work: Work,
-    /// Partial sums of attention; activations as bytes, and their scales.
-    pub scratch: [Option<Arc<Storage>>; 3],
+    /// Partial sums of attention; activations as bytes, and their scales; the largest of rows.
+    pub scratch: [Option<Arc<Storage>>; 4],
 }
 
 /// Seconds on the device, by kernel.
@@ -389,7 +389,7 @@ impl Device {
             return arena;
         }
         let (params, data, group) = self.arena_buffers(16 << 10, 16 << 10);
-        Arena { params, data, group, work: Work::default(), scratch: [None, None, None] }
+        Arena { params, data, group, work: Work::default(), scratch: [const { None }; 4] }
     }
 
     /// Takes the buffers of a pass back.

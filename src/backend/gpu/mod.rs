@@ -21,7 +21,7 @@ mod tests;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
-use super::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
+use super::{Backend, CacheShape, CacheType, Largest, Pass, RotaryPairs, Rows};
 use crate::error::{Error, Result};
 use crate::gguf::{SharedTensor, Tensor};
 use crate::quant::BlockType;
@@ -40,6 +40,9 @@ const MOST_GROUPS: usize = 65535;
 /// Bytes that partial sums of attention may take; rows go in several dispatches if they would take
 /// more.
 const PARTIAL_BYTES: usize = 32 << 20;
+
+/// The most numbers of a row that are looked for on the device: each takes a look at the whole row.
+const MOST_LARGEST: usize = 8;
 
 /// Which of several ways to compute is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +136,10 @@ impl Gpu {
             Some((least, _)) if least.is_power_of_two() => least.min(32),
             _ => 1,
         };
+        if !adapter.reads_f16() {
+            let what = "has no compute shaders that read half precision; use `--device cpu`";
+            return Err(Error::Device { device: adapter.name().to_owned(), what: what.to_owned() });
+        }
         let device = Device::open(adapter, subgroup > 1)?;
         let nothing = device.storage(16);
         device.check()?;
@@ -517,6 +524,48 @@ impl Backend for Gpu {
     fn read<'a>(&self, buffer: &'a Buffer, copy: &'a mut Vec<f32>) -> Result<&'a [f32]> {
         self.read_into(buffer, copy)?;
         Ok(copy)
+    }
+
+    fn read_largest(
+        &self,
+        buffer: &Buffer,
+        k: usize,
+        temperature: f32,
+        largest: &mut Largest,
+    ) -> Result<bool> {
+        if k == 0 || k > MOST_LARGEST || k > buffer.width {
+            return Ok(false);
+        }
+        let words = 1 + 2 * k;
+        let none = Rows { tokens: &[], line: 0, first_slot: 0, paths: &[], rotations: &[] };
+        let mut pass = self.begin(&none)?;
+        let found = pass.scratch(3, buffer.rows * words);
+        let params =
+            [buffer.width as u32, buffer.stride as u32, k as u32, (1.0 / temperature).to_bits()];
+        pass.dispatch(
+            Shader::plain(Frame::Largest),
+            &[buffer.storage(), &found],
+            &params,
+            [buffer.rows, 1, 1],
+            (k + 1) * buffer.rows * buffer.width,
+        );
+        pass.end(Ok(()))?;
+        let mut copy = Vec::new();
+        self.device.read(&found, buffer.rows * words, &mut copy)?;
+        largest.k = k;
+        largest.top.clear();
+        largest.log_sum_exp.clear();
+        for row in copy.chunks_exact(words) {
+            // What is not a number must be seen: it is in the sum, and nowhere else.
+            if !row[0].is_finite() {
+                return Ok(false);
+            }
+            largest
+                .top
+                .extend(row[1..].chunks_exact(2).map(|entry| (entry[0].to_bits(), entry[1])));
+            largest.log_sum_exp.push(f64::from(row[2] / temperature) + f64::from(row[0]).ln());
+        }
+        Ok(true)
     }
 }
 

@@ -43,6 +43,7 @@ pub(super) enum Frame {
     Swiglu,
     Gather,
     MoveRows,
+    Largest,
 }
 
 /// What a shader is joined from; fields that a frame has no use for have their least value.
@@ -79,7 +80,7 @@ impl Shader {
     pub fn access(&self) -> &'static [Access] {
         use Access::{Read, Write};
         match self.frame {
-            Frame::Embed | Frame::Gather | Frame::Combine => &[Read, Write],
+            Frame::Embed | Frame::Gather | Frame::Combine | Frame::Largest => &[Read, Write],
             Frame::RmsNorm => &[Read, Read, Write],
             Frame::Matmul => &[Read, Read, Read, Write],
             Frame::Quantize => &[Read, Write, Write],
@@ -105,6 +106,7 @@ impl Shader {
             Frame::Swiglu => "swiglu",
             Frame::Gather => "gather",
             Frame::MoveRows => "move_rows",
+            Frame::Largest => "largest",
         }
         .to_owned();
         if let Some(block) = self.block {
@@ -136,6 +138,7 @@ impl Shader {
             Frame::Swiglu => include_str!("../../../shaders/swiglu.wgsl"),
             Frame::Gather => include_str!("../../../shaders/gather.wgsl"),
             Frame::MoveRows => include_str!("../../../shaders/move_rows.wgsl"),
+            Frame::Largest => include_str!("../../../shaders/largest.wgsl"),
         };
         if matches!(self.frame, Frame::Matmul | Frame::MatmulInt8) {
             out += include_str!("../../../shaders/product.wgsl");
@@ -185,8 +188,14 @@ impl Shader {
             all.push(Shader::cache(Frame::RotateStore, cache_f16));
             all.push(Shader::cache(Frame::Attend, cache_f16));
         }
-        let plain =
-            [Frame::Quantize, Frame::Combine, Frame::Swiglu, Frame::Gather, Frame::MoveRows];
+        let plain = [
+            Frame::Quantize,
+            Frame::Combine,
+            Frame::Swiglu,
+            Frame::Gather,
+            Frame::MoveRows,
+            Frame::Largest,
+        ];
         all.extend(plain.map(Shader::plain));
         all
     }
@@ -235,7 +244,7 @@ mod tests {
     /// Through the compiler inside wgpu, to every language that a device may want.
     #[test]
     fn every_shader_compiles_for_vulkan_metal_and_dx12() {
-        let capabilities = Capabilities::SUBGROUP;
+        let capabilities = Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
         let mut sizes = (0, 0, 0);
         for shader in Shader::all() {
             let name = format!("{} subgroup {}", shader.name(), shader.subgroup);

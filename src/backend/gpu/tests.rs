@@ -428,3 +428,38 @@ fn variants_are_read_from_words() {
     assert_eq!(Variants::parse("no-subgroups, int8,padded").unwrap(), all);
     assert!(Variants::parse("fast").unwrap_err().to_string().contains("MTAD_GPU has `fast`"));
 }
+
+#[test]
+fn the_largest_of_rows_are_those_of_a_sort() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    for width in [5, 300, 2051] {
+        // Few different values, so that there are ties.
+        let mut x: Vec<f32> =
+            noise(9).take(3 * width).map(|x| (x * width as f32 / 8.0).round()).collect();
+        let mut buffer = gpu.buffer(width);
+        let (k, temperature) = (5, 1.5);
+        let mut find = |x: &[f32]| {
+            plain(&gpu, 3, |pass| pass.write(x, &mut buffer));
+            let mut largest = Largest::default();
+            let found = gpu.read_largest(&buffer, k, temperature, &mut largest).unwrap();
+            (found, largest)
+        };
+        let (found, largest) = find(&x);
+        assert!(found);
+        for (i, row) in x.chunks(width).enumerate() {
+            let mut all: Vec<_> = (0..).zip(row.iter().copied()).collect();
+            all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            assert_eq!(largest.top[i * k..][..k], all[..k], "{width} wide, row {i}");
+            let most = f64::from(all[0].1);
+            let exponents = row.iter().map(|&x| ((f64::from(x) - most) / 1.5).exp());
+            let exact = most / 1.5 + exponents.sum::<f64>().ln();
+            assert!((largest.log_sum_exp[i] - exact).abs() < 1e-5 * (1.0 + exact.abs()));
+        }
+        // What is not a number is left to who reads the rows.
+        x[width + 2] = f32::NAN;
+        assert!(!find(&x).0);
+        assert!(
+            !gpu.read_largest(&buffer, MOST_LARGEST + 1, 1.0, &mut Largest::default()).unwrap()
+        );
+    }
+}
