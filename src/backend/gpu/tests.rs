@@ -435,7 +435,7 @@ fn the_largest_of_rows_are_those_of_a_sort() {
     for width in [5, 300, 2051] {
         // Few different values, so that there are ties.
         let mut x: Vec<f32> =
-            noise(9).take(3 * width).map(|x| (x * width as f32 / 8.0).round()).collect();
+            noise(9).take(3 * width).map(|x| (x * width as f32 / 8.0).round() + 0.0).collect();
         let mut buffer = gpu.buffer(width);
         let (k, temperature) = (5, 1.5);
         let mut find = |x: &[f32]| {
