@@ -1,4 +1,5 @@
-// Every frame begins with this: what the rows of a pass share.
+// Every frame begins with this: what the rows of a pass share. Loops that begin at 0 and take a fixed,
+// small number of turns are written out before a shader is compiled (shaders.rs).
 
 // Words of the pass: tokens; for each row the number of tree rows that it sees and their places in
 // the tree, four to a word; rotations; indices. Frames are told where.

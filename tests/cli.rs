@@ -226,6 +226,8 @@ fn usage_errors_exit_with_2_and_name_the_option() {
         (&["run", "x", "--beam-width", "500"], "beam-width"),
         (&["run", "x", "--strategy", "magic"], "magic"),
         (&["run", "x", "--device", "abacus"], "abacus"),
+        (&["run", "x", "--device", "gpu:99"], "there is no device `gpu:99`; there is `cpu`"),
+        (&["run", "x", "--draft-device", "abacus"], "abacus"),
         (&["run", "x", "--draft", "d.gguf"], "--model"),
         (&["run", "x", "--stop", ""], "stop"),
         (&["run", "x", "--model", "builtin:target", "--strategy", "mtad"], "--draft"),

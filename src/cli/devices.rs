@@ -36,7 +36,7 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
         Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect();
     let meters = args.meters.then(|| sources(args.meter_root.as_ref()).find());
     let adapters = Adapter::all();
-    let (auto, why) = Device::auto_choice(&adapters);
+    let (auto, why) = Device::auto_choice();
     if args.json {
         let mut devices = vec![json!({
             "name": "cpu",

@@ -18,7 +18,7 @@ use crate::backend::CacheType;
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Request, StopReason};
-use crate::model::SessionOptions;
+use crate::model::{Device, SessionOptions};
 use crate::pair::{LoadOptions, Pair};
 use crate::sampling::Warp;
 
@@ -344,6 +344,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         total,
         plain,
         energy: measured.as_ref().map(|measured| (measured, &work)),
+        auto: args.device.device.eq_ignore_ascii_case("auto"),
     };
     if args.json {
         print_line(report.json(&text, args.score))?;
@@ -399,6 +400,8 @@ struct Report<'a> {
     /// Seconds that the tokens would have taken without a draft.
     plain: Option<f64>,
     energy: Option<(&'a Measured, &'a Work)>,
+    /// Whether the device was ours to choose.
+    auto: bool,
 }
 
 /// A rate, if there was time to measure one.
@@ -545,6 +548,10 @@ impl Report<'_> {
         eprintln!("device            {}", self.pair.target().describe());
         if let Some(draft) = self.pair.draft() {
             eprintln!("  draft           {}", draft.describe());
+        }
+        if self.auto {
+            let (name, why) = Device::auto_choice();
+            eprintln!("  auto chose      {name}: {why}");
         }
         eprintln!(
             "tokens            {} prompt + {} generated, ended by {}",

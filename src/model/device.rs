@@ -64,14 +64,12 @@ impl Device {
         Ok(Device::Gpu(OnGpu { gpu: Arc::new(gpu), cpu, layers, may_fall_back: auto }))
     }
 
-    /// Where `auto` runs a model among these adapters, and why.
-    pub fn auto_choice(adapters: &[Adapter]) -> (String, &'static str) {
-        match Adapter::best(adapters).filter(|_| Adapter::may_be_there()) {
-            Some(adapter) => (adapter.name().to_owned(), "a GPU is there"),
-            None if adapters.is_empty() => ("cpu".to_owned(), "no GPU driver was found"),
-            None => {
-                ("cpu".to_owned(), "the adapters found are software, slower than the CPU itself")
-            }
+    /// Where `auto` runs a model, and why.
+    pub fn auto_choice() -> (String, &'static str) {
+        let adapters = if Adapter::may_be_there() { Adapter::all() } else { Vec::new() };
+        match Adapter::best(&adapters) {
+            Some(adapter) => (adapter.name().to_owned(), "it is the best GPU here"),
+            None => ("cpu".to_owned(), "no GPU was found"),
         }
     }
 

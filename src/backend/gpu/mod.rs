@@ -110,7 +110,7 @@ pub struct Gpu {
     /// The most bytes of a part of a matrix.
     part_limit: usize,
     /// Tensors on the device, by where they lie in memory: one that is used twice is there once.
-    uploads: Mutex<HashMap<(usize, usize), Weak<Vec<Part>>>>,
+    uploads: Mutex<HashMap<(usize, usize), Weak<Parts>>>,
     /// For each type that was loaded, whether its shaders agree for every number of rows.
     agreeing: Mutex<HashMap<BlockType, bool>>,
     /// Bound where a product has no bias.
@@ -229,14 +229,14 @@ impl Gpu {
             done.map(|()| start.elapsed().as_secs_f64())
         };
         copy(1)?;
-        // The difference leaves out what a submission costs.
-        let (few, many) = (copy(1)?, copy(5)?);
-        let seconds = if many > few { (many - few) / 4.0 } else { many / 5.0 };
-        Ok(2.0 * bytes as f64 / seconds)
+        // So many that what a submission costs is nothing beside them.
+        let times = (1 << 28) / bytes.max(1 << 20) as usize + 4;
+        Ok(2.0 * (times as u64 * bytes) as f64 / copy(times)?)
     }
 
     /// The rows of a tensor on the device.
-    fn parts(&self, tensor: &Tensor<'_>) -> Result<Arc<Vec<Part>>> {
+    fn parts(&self, shared: &SharedTensor) -> Result<Arc<Parts>> {
+        let tensor = &shared.view();
         readable(tensor)?;
         let place = (tensor.bytes.as_ptr() as usize, tensor.bytes.len());
         if let Some(parts) = lock(&self.uploads).get(&place).and_then(Weak::upgrade) {
@@ -260,7 +260,7 @@ impl Gpu {
             Ok(Part { first, rows, bytes: self.device.upload(bytes)? })
         };
         let parts: Result<Vec<_>> = (0..tensor.rows).step_by(most).map(piece).collect();
-        let parts = Arc::new(parts?);
+        let parts = Arc::new(Parts { parts: parts?, _tensor: Some(shared.clone()) });
         lock(&self.uploads).insert(place, Arc::downgrade(&parts));
         Ok(parts)
     }
@@ -303,7 +303,8 @@ impl Gpu {
         let rows = tensor.rows.min(2 * TILE_ROWS as usize);
         let bytes = self.device.upload(&tensor.bytes[..rows * tensor.row_bytes()])?;
         let part = Part { first: 0, rows, bytes };
-        let mut matrix = Matrix::new(tensor, Arc::new(vec![part]), None, false);
+        let parts = Parts { parts: vec![part], _tensor: None };
+        let mut matrix = Matrix::new(tensor, Arc::new(parts), None, false);
         matrix.rows = rows;
         let most = COLUMNS[COLUMNS.len() - 1] as usize;
         let mut state = 1u32;
@@ -359,6 +360,14 @@ struct Part {
     bytes: Arc<Storage>,
 }
 
+/// All rows of a matrix.
+#[derive(Debug)]
+struct Parts {
+    parts: Vec<Part>,
+    /// The tensor, whose place in memory no other can have while these are in use.
+    _tensor: Option<SharedTensor>,
+}
+
 /// A weight matrix on the device.
 #[derive(Debug)]
 pub struct Matrix {
@@ -366,7 +375,7 @@ pub struct Matrix {
     rows: usize,
     cols: usize,
     row_bytes: usize,
-    parts: Arc<Vec<Part>>,
+    parts: Arc<Parts>,
     bias: Option<Arc<Storage>>,
     padded: bool,
 }
@@ -374,7 +383,7 @@ pub struct Matrix {
 impl Matrix {
     fn new(
         tensor: &Tensor<'_>,
-        parts: Arc<Vec<Part>>,
+        parts: Arc<Parts>,
         bias: Option<Arc<Storage>>,
         padded: bool,
     ) -> Self {
@@ -464,7 +473,7 @@ impl Backend for Gpu {
             assert_eq!(bias.view().rows * bias.view().cols, view.rows, "a bias for each output");
             self.floats(bias)
         });
-        let parts = self.parts(&view)?;
+        let parts = self.parts(weight)?;
         let padded = self.variants.padded || !self.agree(&view)?;
         // The device holds it now: the mapped pages need not stay in memory too.
         weight.release();
@@ -478,7 +487,7 @@ impl Backend for Gpu {
 
     fn embedding(&self, weight: &SharedTensor) -> Result<Embedding> {
         let view = weight.view();
-        Ok(Embedding(Matrix::new(&view, self.parts(&view)?, None, false)))
+        Ok(Embedding(Matrix::new(&view, self.parts(weight)?, None, false)))
     }
 
     fn buffer(&self, width: usize) -> Buffer {
@@ -705,7 +714,7 @@ impl<'p> GpuPass<'p> {
         let nothing = self.gpu.nothing.clone();
         let bias = matrix.bias.as_ref().unwrap_or(&nothing);
         let x_stride = if int8 { x.stride / CHUNK } else { x.stride / 4 };
-        for part in matrix.parts.iter() {
+        for part in &matrix.parts.parts {
             let params = [
                 matrix.cols,
                 matrix.cols.div_ceil(CHUNK),
@@ -783,7 +792,7 @@ impl Pass<Gpu> for GpuPass<'_> {
         let n = self.rows.len();
         self.set_rows(out, n);
         let chunks = table.cols.div_ceil(CHUNK);
-        for part in table.parts.iter() {
+        for part in &table.parts.parts {
             let stride = out.stride / 4;
             let params = [table.cols, chunks, table.row_bytes, part.first, part.rows, stride];
             self.dispatch(

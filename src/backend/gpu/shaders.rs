@@ -155,7 +155,7 @@ impl Shader {
             out += include_str!("../../../shaders/bytes.wgsl");
             block_files(block).iter().for_each(|file| out += file);
         }
-        out
+        unrolled(&out, *columns)
     }
 
     /// Whether threads add up sums.
@@ -201,6 +201,65 @@ impl Shader {
     }
 }
 
+/// Writes out the loops of a shader that begin at 0 and take a fixed number of turns, eight at most.
+///
+/// Drivers differ in which loops they unroll, and an array that a loop goes through is kept in
+/// registers only if they do.
+fn unrolled(source: &str, columns: u32) -> String {
+    const HEAD: &str = "for (var ";
+    let Some(at) = source.find(HEAD) else { return source.to_owned() };
+    let (before, loop_) = source.split_at(at);
+    let open = loop_.find('{').expect("a loop has a body");
+    let close = {
+        let mut depth = 0;
+        let ends = |(_, c): &(usize, char)| {
+            depth += i32::from(*c == '{') - i32::from(*c == '}');
+            depth == 0
+        };
+        open + loop_[open..].char_indices().find(ends).expect("braces match").0
+    };
+    let (body, after) = (unrolled(&loop_[open..=close], columns), &loop_[close + 1..]);
+    let mut out = before.to_owned();
+    match turns(&loop_[HEAD.len()..open], columns) {
+        Some((name, turns)) => {
+            turns.for_each(|turn| out += &replaced(&body, name, &format!("{turn}u")));
+        }
+        None => out += &format!("{}{body}", &loop_[..open]),
+    }
+    out + &unrolled(after, columns)
+}
+
+/// The variable of a loop and its values, from `i = 0u; i < 8u; i += 2u) `, if they are few.
+fn turns(head: &str, columns: u32) -> Option<(&str, impl Iterator<Item = u32>)> {
+    let number = |text: &str| text.strip_suffix('u').and_then(|n| n.parse().ok());
+    let mut parts = head.trim().strip_suffix(')')?.split("; ");
+    let name = parts.next()?.strip_suffix(" = 0u")?;
+    let end = match parts.next()?.strip_prefix(name)?.strip_prefix(" < ")? {
+        "ROWS" => ROWS,
+        "COLUMNS" => columns,
+        other => number(other)?,
+    };
+    let step = match parts.next()?.strip_prefix(name)? {
+        "++" => 1,
+        other => number(other.strip_prefix(" += ")?)?,
+    };
+    (end / step <= 8).then(|| (name, (0..end).step_by(step as usize)))
+}
+
+/// A text with a word replaced.
+fn replaced(text: &str, word: &str, by: &str) -> String {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let end = rest.find(|c| is_word(c) != is_word(first)).unwrap_or(rest.len());
+        let (token, more) = rest.split_at(end);
+        out += if token == word { by } else { token };
+        rest = more;
+    }
+    out
+}
+
 /// The files that read the blocks of a type.
 fn block_files(block: BlockType) -> Vec<&'static str> {
     const QUANTIZED: &str = include_str!("../../../shaders/quantized.wgsl");
@@ -240,6 +299,20 @@ mod tests {
     use super::*;
     use naga::back::{hlsl, msl, spv};
     use naga::valid::{Capabilities, ValidationFlags, Validator};
+
+    #[test]
+    fn short_loops_are_written_out_and_long_ones_are_left() {
+        let source = "a for (var r = 0u; r < ROWS; r++) { x[r] = rr + r; } b \
+                      for (var t = 0u; t < THREADS; t++) { for (var i = 0u; i < 8u; i += 4u) { f(i); } }";
+        let written = "a { x[0u] = rr + 0u; }{ x[1u] = rr + 1u; } b \
+                       for (var t = 0u; t < THREADS; t++) { { f(0u); }{ f(4u); } }";
+        assert_eq!(unrolled(source, 1), written);
+        let shader = Shader { columns: 8, ..Shader::weights(Frame::Matmul, BlockType::IQ4_XS) };
+        let source = shader.source();
+        let loops: Vec<_> = source.matches("for (var ").collect();
+        // Over chunks, outputs, and the pieces of a sum.
+        assert_eq!(loops.len(), 3, "{source}");
+    }
 
     /// Through the compiler inside wgpu, to every language that a device may want.
     #[test]
