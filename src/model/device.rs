@@ -45,7 +45,7 @@ impl Device {
     pub fn named(name: &str, threads: usize, layers: Option<usize>) -> Result<Self> {
         let cpu = Arc::new(Cpu::new(threads)?);
         let auto = name.eq_ignore_ascii_case("auto");
-        if name.eq_ignore_ascii_case("cpu") || layers == Some(0) {
+        if name.eq_ignore_ascii_case("cpu") {
             return Ok(Device::Cpu(cpu));
         }
         if auto && !Adapter::may_be_there() {
@@ -61,15 +61,19 @@ impl Device {
                 None | Some(Err(_)) => return Ok(Device::Cpu(cpu)),
             },
         };
+        if layers == Some(0) {
+            return Ok(Device::Cpu(cpu));
+        }
         Ok(Device::Gpu(OnGpu { gpu: Arc::new(gpu), cpu, layers, may_fall_back: auto }))
     }
 
     /// Where `auto` runs a model, and why.
-    pub fn auto_choice() -> (String, &'static str) {
+    pub fn auto_choice() -> (String, String) {
         let adapters = if Adapter::may_be_there() { Adapter::all() } else { Vec::new() };
-        match Adapter::best(&adapters) {
-            Some(adapter) => (adapter.name().to_owned(), "it is the best GPU here"),
-            None => ("cpu".to_owned(), "no GPU was found"),
+        match Adapter::best(&adapters).map(|adapter| (adapter.name(), Gpu::open(adapter))) {
+            Some((name, Ok(_))) => (name.to_owned(), "it is the best GPU here".to_owned()),
+            Some((_, Err(error))) => ("cpu".to_owned(), error.to_string()),
+            None => ("cpu".to_owned(), "no GPU was found".to_owned()),
         }
     }
 

@@ -246,7 +246,7 @@ impl Outputs {
 
 impl Outputs {
     /// Takes what a device found of the rows that want something, all of which want [`Want::Top`].
-    pub(crate) fn from_largest(&mut self, wants: &[Want<'_>], largest: &Largest) {
+    pub(crate) fn push_largest(&mut self, wants: &[Want<'_>], largest: &Largest) {
         let mut rows = largest.top.chunks_exact(largest.k).zip(&largest.log_sum_exp);
         for want in wants {
             match want {

@@ -136,7 +136,7 @@ impl<B: Backend, A: Architecture<B>> Session<B, A> {
         if let Some((k, temperature)) = only_largest(&batch.wants)
             && self.backend.read_largest(logits, k, temperature, &mut self.largest)?
         {
-            self.outputs.from_largest(&batch.wants, &self.largest);
+            self.outputs.push_largest(&batch.wants, &self.largest);
             return Ok(());
         }
         let logits = self.backend.read(logits, &mut self.readback)?;

@@ -1,5 +1,7 @@
 //! Finding GPUs: what the machine has, and which of it is meant by a name.
 
+use std::path::Path;
+
 use crate::error::{Error, Result};
 
 /// A device that wgpu found, before it is opened.
@@ -36,8 +38,8 @@ impl Adapter {
     /// a few names, where asking the drivers takes its time and is not always quiet.
     pub fn may_be_there() -> bool {
         const NODES: [&str; 6] = ["dri", "nvidiactl", "nvidia0", "dxg", "kgsl-3d0", "mali0"];
-        let shown = |name: &&str| std::path::Path::new("/dev").join(name).exists();
-        !cfg!(target_os = "linux") || NODES.iter().any(|name| shown(&name))
+        let shown = |name: &&str| Path::new("/dev").join(name).exists();
+        !cfg!(target_os = "linux") || NODES.iter().any(shown)
     }
 
     /// Its name, as its driver gives it.
