@@ -178,6 +178,41 @@ fn rows_of_random_trees_are_what_they_are_alone() {
     }
 }
 
+#[test]
+fn rows_are_saved_on_one_device_and_restored_on_another() {
+    let cpu = Device::Cpu(Arc::new(Cpu::new(1).unwrap()));
+    let (Some(gpu), Some(split)) = (device("", None, true), device("", Some(2), false)) else {
+        return;
+    };
+    let file = Arc::new(builtin_file("target").unwrap());
+    let load = |device| Model::load(file.clone(), device, &mut |_, _| true).unwrap();
+    let models = [&cpu, &gpu, &split].map(load);
+    let tokens: Vec<u32> = (300..340).collect();
+    for source in &models {
+        let mut lm = source.session(&SessionOptions::default());
+        lm.eval(&Batch::chain(&tokens, None, Row(0), Want::Nothing)).unwrap();
+        lm.keep(Some(Row(tokens.len() as u32 - 1))).unwrap();
+        let mut bytes = Vec::new();
+        lm.save_rows(0..40, &mut bytes).unwrap();
+        assert_eq!(bytes.len(), 40 * lm.row_bytes());
+        for model in &models {
+            let mut restored = model.session(&SessionOptions::default());
+            restored.load_rows(15, &bytes_of(&bytes, 0..15)).unwrap();
+            restored.load_rows(25, &bytes_of(&bytes, 15..40)).unwrap();
+            let mut again = Vec::new();
+            restored.save_rows(0..40, &mut again).unwrap();
+            assert!(again == bytes, "{} to {}", source.describe(), model.describe());
+        }
+    }
+}
+
+/// Some of forty saved rows of the built-in target: five layers of keys and values.
+fn bytes_of(saved: &[u8], rows: std::ops::Range<usize>) -> Vec<u8> {
+    let part = saved.len() / 10;
+    let row = part / 40;
+    saved.chunks(part).flat_map(|c| &c[rows.start * row..rows.end * row]).copied().collect()
+}
+
 fn request(strategy: Strategy, temperature: f32, seed: u64, max_tokens: usize) -> Request {
     Request {
         settings: Settings {

@@ -5,6 +5,7 @@
 //! handed over when the first verb on the GPU asks for them.
 
 use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::cpu::{self, Cpu, CpuPass};
@@ -43,6 +44,7 @@ pub struct Buffer {
 /// The rows of the CPU's layers, and of the GPU's.
 #[derive(Debug)]
 pub struct Cache {
+    layers: usize,
     cpu: cpu::Cache,
     gpu: gpu::Cache,
 }
@@ -102,6 +104,7 @@ impl Backend for Split {
     fn cache(&self, shape: CacheShape) -> Cache {
         let layers = |layers| CacheShape { layers, ..shape };
         Cache {
+            layers: shape.layers,
             cpu: self.cpu.cache(layers(self.first)),
             gpu: self.gpu.cache(layers(shape.layers - self.first)),
         }
@@ -110,6 +113,18 @@ impl Backend for Split {
     fn move_rows(&self, cache: &mut Cache, moves: &[(usize, usize)]) -> Result<()> {
         self.cpu.move_rows(&mut cache.cpu, moves)?;
         self.gpu.move_rows(&mut cache.gpu, moves)
+    }
+
+    fn save_rows(&self, cache: &Cache, slots: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
+        // Layer by layer, so the CPU's come first.
+        self.cpu.save_rows(&cache.cpu, slots.clone(), out)?;
+        self.gpu.save_rows(&cache.gpu, slots, out)
+    }
+
+    fn load_rows(&self, cache: &mut Cache, slots: Range<usize>, bytes: &[u8]) -> Result<()> {
+        let (cpu, gpu) = bytes.split_at(bytes.len() / cache.layers * self.first);
+        self.cpu.load_rows(&mut cache.cpu, slots.clone(), cpu)?;
+        self.gpu.load_rows(&mut cache.gpu, slots, gpu)
     }
 
     fn pass<R>(

@@ -1,5 +1,6 @@
 //! Going on when a device is lost: the session's rows are evaluated again, on another.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::lm::{Batch, Lm, Outputs, Row, Token, Want, extend};
@@ -43,6 +44,8 @@ pub(super) struct Rescued {
     /// Whether `lm` is on the spare device already.
     moved: bool,
     line: Vec<Token>,
+    /// Whether rows were restored, whose tokens nobody told: then there is no way back.
+    restored: bool,
     /// The uncommitted rows: tokens, parents, and ancestors as bits.
     tree: Vec<(Token, Option<Row>, u128)>,
     outputs: Outputs,
@@ -56,6 +59,7 @@ impl Rescued {
             options,
             moved: false,
             line: Vec::new(),
+            restored: false,
             tree: Vec::new(),
             outputs: Outputs::default(),
         }
@@ -63,7 +67,7 @@ impl Rescued {
 
     /// Whether to do again what failed: the device is lost, and the session now is on another.
     fn goes_on(&mut self, error: Error) -> Result<()> {
-        if self.moved || !matches!(error, Error::DeviceLost { .. }) {
+        if self.moved || self.restored || !matches!(error, Error::DeviceLost { .. }) {
             return Err(error);
         }
         let mut lm = self.spare.model(&error)?.session(&self.options);
@@ -120,6 +124,22 @@ impl Lm for Rescued {
     fn truncate(&mut self, len: usize) -> Result<()> {
         self.lm.truncate(len)?;
         self.line.truncate(len);
+        self.restored &= len > 0;
+        self.tree.clear();
+        Ok(())
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.lm.row_bytes()
+    }
+
+    fn save_rows(&self, rows: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
+        self.lm.save_rows(rows, out)
+    }
+
+    fn load_rows(&mut self, count: usize, bytes: &[u8]) -> Result<()> {
+        self.lm.load_rows(count, bytes)?;
+        self.restored = true;
         self.tree.clear();
         Ok(())
     }

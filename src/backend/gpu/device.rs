@@ -281,7 +281,12 @@ impl Device {
 
     /// Floats into a buffer, before what is submitted next.
     pub fn write(&self, storage: &Storage, offset: u64, floats: &[f32]) {
-        self.queue.write_buffer(&storage.raw, offset, bytemuck::cast_slice(floats));
+        self.write_bytes(storage, offset, bytemuck::cast_slice(floats));
+    }
+
+    /// Whole words into a buffer, before what is submitted next.
+    pub fn write_bytes(&self, storage: &Storage, offset: u64, bytes: &[u8]) {
+        self.queue.write_buffer(&storage.raw, offset, bytes);
     }
 
     fn wait(&self, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
@@ -508,7 +513,18 @@ impl Device {
 
     /// Waits for the device and takes the first `floats` of a buffer.
     pub fn read(&self, storage: &Storage, floats: usize, into: &mut Vec<f32>) -> Result<()> {
-        let bytes = 4 * floats as u64;
+        let show = |bytes: &[u8]| into.extend_from_slice(bytemuck::cast_slice(bytes));
+        self.read_bytes(storage, 0, 4 * floats as u64, show)
+    }
+
+    /// Waits for the device and shows some whole words of a buffer.
+    pub fn read_bytes(
+        &self,
+        storage: &Storage,
+        offset: u64,
+        bytes: u64,
+        show: impl FnOnce(&[u8]),
+    ) -> Result<()> {
         let mut staging = lock(&self.staging);
         let at = staging.iter().position(|buffer| buffer.size() >= bytes);
         let found = at.map(|at| staging.swap_remove(at));
@@ -518,9 +534,9 @@ impl Device {
             self.buffer(size, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST)
         });
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(&storage.raw, 0, &staging, 0, bytes);
+        encoder.copy_buffer_to_buffer(&storage.raw, offset, &staging, 0, bytes);
         self.queue.submit([encoder.finish()]);
-        self.take(&staging, bytes, |view| into.extend_from_slice(bytemuck::cast_slice(view)))?;
+        self.take(&staging, bytes, show)?;
         self.rest();
         let mut pool = lock(&self.staging);
         if pool.len() < 4 {

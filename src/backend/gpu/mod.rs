@@ -19,6 +19,7 @@ mod shaders;
 mod tests;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::{Backend, CacheShape, CacheType, Largest, Pass, RotaryPairs, Rows};
@@ -517,6 +518,37 @@ impl Backend for Gpu {
             }
             Ok(())
         })
+    }
+
+    fn save_rows(&self, cache: &Cache, slots: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
+        if slots.is_empty() {
+            return Ok(());
+        }
+        // The cache is laid out as saved rows are.
+        let row = 4 * cache.words() as u64;
+        for storage in cache.layers.iter().flatten().flatten() {
+            let (at, bytes) = (slots.start as u64 * row, slots.len() as u64 * row);
+            self.device.read_bytes(storage, at, bytes, |bytes| out.extend_from_slice(bytes))?;
+        }
+        Ok(())
+    }
+
+    fn load_rows(&self, cache: &mut Cache, slots: Range<usize>, bytes: &[u8]) -> Result<()> {
+        assert_eq!(bytes.len(), slots.len() * cache.shape.row_bytes());
+        if slots.is_empty() {
+            return Ok(());
+        }
+        let rows = Rows { tokens: &[], line: 0, first_slot: slots.end, paths: &[], rotations: &[] };
+        self.pass(&rows, 0, |pass| {
+            (0..cache.layers.len()).for_each(|layer| pass.reserve(cache, layer));
+            Ok(())
+        })?;
+        let row = 4 * cache.words();
+        let parts = bytes.chunks_exact(slots.len() * row);
+        for (storage, bytes) in cache.layers.iter().flatten().flatten().zip(parts) {
+            self.device.write_bytes(storage, (slots.start * row) as u64, bytes);
+        }
+        self.device.check()
     }
 
     fn pass<R>(
