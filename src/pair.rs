@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::generation::Session;
 use crate::gguf::Gguf;
@@ -22,11 +23,20 @@ pub struct LoadOptions {
     pub gpu_layers: Option<usize>,
     /// CPU threads; 0 is one for each physical core.
     pub threads: usize,
+    /// Whether the CPU packs weights for its kernels when they are loaded; see
+    /// [`Cpu::without_repacking`].
+    pub repack: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { device: "auto".to_owned(), draft_device: None, gpu_layers: None, threads: 0 }
+        LoadOptions {
+            device: "auto".to_owned(),
+            draft_device: None,
+            gpu_layers: None,
+            threads: 0,
+            repack: true,
+        }
     }
 }
 
@@ -36,7 +46,12 @@ impl LoadOptions {
     /// # Errors
     /// As [`Device::named`].
     pub fn device(&self) -> Result<Device> {
-        Device::named(&self.device, self.threads, self.gpu_layers)
+        Device::named(&self.device, self.cpu()?, self.gpu_layers)
+    }
+
+    fn cpu(&self) -> Result<Cpu> {
+        let cpu = Cpu::new(self.threads)?;
+        Ok(if self.repack { cpu } else { cpu.without_repacking() })
     }
 
     /// The device that the options name for a draft, whose target is on `target`: with all of its
@@ -46,7 +61,7 @@ impl LoadOptions {
     /// As [`Device::named`].
     pub fn draft_device(&self, target: &Device) -> Result<Device> {
         match (&self.draft_device, target) {
-            (Some(name), _) if *name != self.device => Device::named(name, self.threads, None),
+            (Some(name), _) if *name != self.device => Device::named(name, self.cpu()?, None),
             (_, Device::Gpu(on_gpu)) => {
                 Ok(Device::Gpu(crate::model::device::OnGpu { layers: None, ..on_gpu.clone() }))
             }

@@ -278,16 +278,19 @@ fn logits_are_the_same_bytes_in_any_batch() {
     std::fs::write(&model, tiny_llama().to_vec()).unwrap();
     let tokens: Vec<String> = (0..150).map(|i| (1 + i * 7 % 260).to_string()).collect();
     let tokens = tokens.join(",");
-    let write = |batch: &str| {
+    let write_with = |batch: &str, options: &[&str]| {
         let out = folder.path().join(format!("{batch}.npy"));
         let args = ["logits", "--model", path(&model), "--tokens", &tokens, "--batch", batch];
-        stdout(&[&args[..], &["--out", path(&out)]].concat());
+        stdout(&[&args[..], &["--out", path(&out)], options].concat());
         std::fs::read(out).unwrap()
     };
+    let write = |batch: &str| write_with(batch, &[]);
     let one = write("1");
     for batch in ["2", "7", "64", "1000"] {
         assert!(write(batch) == one, "--batch {batch}");
     }
+    // Where the weights lie makes no difference either.
+    assert!(write_with("64", &["--no-repack"]) == one, "--no-repack");
     let numbers = read_npy(&folder.path().join("1.npy"));
     assert_eq!(numbers.len(), 150 * 264);
     assert!(String::from_utf8_lossy(&one[..128]).contains("(150, 264)"));

@@ -3,16 +3,13 @@
 use std::ffi::{CString, c_char, c_void};
 use std::sync::Arc;
 
-use serde_json::json;
-
 use super::memory;
 use super::status::mtad_status::*;
 use super::status::{Failure, Fate, Outcome, call, call_reporting, mtad_status, on, report};
 use super::types::*;
-use crate::backend::Backend;
-use crate::backend::cpu::{Cpu, Isa};
 use crate::error::Error;
 use crate::gguf::Gguf;
+use crate::model::Device;
 use crate::pair::{LoadOptions, Pair, builtin_file};
 use crate::tokenizer::EncodeOptions;
 
@@ -99,15 +96,7 @@ pub unsafe extern "C" fn mtad_devices(
     error: *mut mtad_error,
 ) -> mtad_status {
     let work = || {
-        let cpu = Cpu::new(0)?;
-        let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name);
-        let devices = json!({"devices": [{
-            "name": "cpu",
-            "description": cpu.describe(),
-            "instruction_set": cpu.isa().name(),
-            "instruction_sets": sets.collect::<Vec<_>>(),
-            "threads": cpu.threads(),
-        }]});
+        let devices = Device::all_as_json()?;
         // SAFETY: as the caller says.
         unsafe { memory::copy_text(&devices.to_string(), buffer, size, length, "buffer")? };
         Ok(MTAD_OK)
@@ -217,7 +206,7 @@ unsafe fn open(options: Option<&mtad_pair_options>) -> Outcome<mtad_pair> {
         format!(
             "{} runs on {}, loaded in {:.2} s",
             pair.target().file().name(),
-            pair.target().device().describe(),
+            pair.target().describe(),
             pair.load_seconds()
         ),
     );

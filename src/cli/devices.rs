@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 
 use super::metering::{info_json, sources, unavailable_json};
 use super::print_line;
@@ -38,15 +38,7 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
     let adapters = Adapter::all();
     let (auto, why) = Device::auto_choice();
     if args.json {
-        let mut devices = vec![json!({
-            "name": "cpu",
-            "description": cpu.describe(),
-            "instruction_set": cpu.isa().name(),
-            "instruction_sets": sets,
-            "threads": cpu.threads(),
-        })];
-        devices.extend(adapters.iter().enumerate().map(|(i, adapter)| adapter_json(i, adapter)));
-        let mut out = json!({"devices": devices, "auto": {"device": auto, "why": why}});
+        let mut out = Device::all_as_json()?;
         if let Some(meters) = &meters {
             out["meters"] = meters_json(meters);
         }
@@ -69,29 +61,6 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
 /// What of a GPU is used, or why it cannot be.
 fn opened(adapter: &Adapter) -> Result<String> {
     Gpu::open(adapter).map(|gpu| gpu.kernels())
-}
-
-fn adapter_json(i: usize, adapter: &Adapter) -> Json {
-    let mut out = json!({
-        "name": format!("gpu:{i}"),
-        "description": adapter.name(),
-        "driver": adapter.driver(),
-        "interface": adapter.interface(),
-        "type": adapter.kind(),
-        "binding_limit": adapter.binding_limit(),
-        "buffer_limit": adapter.buffer_limit(),
-        "workgroup_memory": adapter.workgroup_memory(),
-        // The interfaces do not tell how much there is.
-        "memory": Json::Null,
-        "subgroups": adapter.subgroups().map(|(least, most)| json!([least, most])),
-        "f16": adapter.has_f16(),
-        "timestamps": adapter.has_timestamps(),
-    });
-    match opened(adapter) {
-        Ok(kernels) => out["kernels"] = kernels.into(),
-        Err(error) => out["error"] = error.to_string().into(),
-    }
-    out
 }
 
 fn print_adapter(i: usize, adapter: &Adapter) -> Result<()> {

@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 
 use super::metering::{Measured, Metering, PHASES, Work};
 use super::run::{RunArgs, clock_seed, watch_for_interrupts};
-use super::{print_line, read_text, table};
+use super::{print_line, print_notes, read_text, table};
 use crate::decode::Strategy;
 use crate::error::{Error, Result};
 use crate::generation::Request;
@@ -121,6 +121,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     let mut metering = args.run.meters.start(Some(5.0))?;
     let drafting = strategies.iter().find(|s| s.needs_draft()).unwrap_or(&strategies[0]);
     let pair = metering.load(|| args.run.load(*drafting))?;
+    print_notes(pair.take_notes());
     let options = args.run.session_options();
     for &strategy in &strategies {
         let mut warm_up = request(strategy, 0);
@@ -238,7 +239,7 @@ impl Report<'_> {
             })
             .collect();
         let mut out = self.measured.setup_json();
-        out.insert("device".into(), self.pair.target().device().describe().into());
+        out.insert("device".into(), self.pair.target().describe().into());
         out.insert("seed".into(), self.seed.into());
         out.insert("results".into(), results.into());
         out.into()
@@ -246,7 +247,7 @@ impl Report<'_> {
 
     fn print(&self) -> Result<()> {
         let m = self.measured;
-        print_line(format_args!("device            {}", self.pair.target().device().describe()))?;
+        print_line(format_args!("device            {}", self.pair.target().describe()))?;
         m.setup_lines().into_iter().try_for_each(print_line)?;
         let head = [
             "strategy",

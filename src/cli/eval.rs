@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 
 use super::metering::{MeterArgs, Metering, Work};
 use super::run::{load_pair, watch_for_interrupts};
-use super::{DeviceArgs, cost_tables, print_line, table};
+use super::{DeviceArgs, cost_tables, print_line, print_notes, table};
 use crate::decode::{Settings, Strategy};
 use crate::error::{Error, Result};
 use crate::eval::report::Report;
@@ -20,7 +20,7 @@ use crate::eval::{
 };
 use crate::generation::{Generation, Session};
 use crate::model::SessionOptions;
-use crate::pair::{Pair, builtin_questions};
+use crate::pair::{LoadOptions, Pair, builtin_questions};
 use crate::sampling::Warp;
 use crate::tokenizer::EncodeOptions;
 
@@ -115,6 +115,10 @@ pub struct EvalArgs {
 
     #[command(flatten)]
     device: DeviceArgs,
+
+    /// Where the draft runs [default: where the target does]
+    #[arg(long, value_name = "DEVICE")]
+    draft_device: Option<String>,
 
     #[command(flatten)]
     meters: MeterArgs,
@@ -264,8 +268,10 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     // Whatever meters there are: the table has a column for them.
     let mut metering = args.meters.start(Some(0.0))?;
     let (model, draft) = (args.model.as_deref(), args.draft.as_deref());
-    let load = args.device.load_options();
+    let draft_device = args.draft_device.clone();
+    let load = LoadOptions { draft_device, ..args.device.load_options() };
     let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
+    print_notes(pair.take_notes());
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };
     let tasks = that_fit(tasks, &pair, &options)?;
     let mut journal = Journal::in_memory();
@@ -310,7 +316,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let report = Report {
         target: name(pair.target()),
         draft: pair.draft().map(name),
-        device: pair.target().device().describe(),
+        device: pair.target().describe(),
         method: args.method(described),
         rows: arms.iter().map(row).collect(),
         cooled: cooled.map(|(of, arm)| (of, row(&arm))),

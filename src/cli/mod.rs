@@ -100,6 +100,11 @@ struct DeviceArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
+    /// Leave weights in the mapped file instead of packing them for the CPU when they are loaded:
+    /// no time to load and no memory beyond the file's, the same results, but much slower
+    #[arg(long)]
+    no_repack: bool,
+
     /// The most tokens that prompt and text may have together [default: what the model was
     /// trained for]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -113,6 +118,7 @@ impl DeviceArgs {
             draft_device: None,
             gpu_layers: self.gpu_layers.map(|n| n as usize),
             threads: self.threads.map_or(0, usize::from),
+            repack: !self.no_repack,
         }
     }
 

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::run::watch_for_interrupts;
-use super::{DeviceArgs, loading_bar, open_model, print_line, read_text};
+use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text};
 use crate::error::Result;
 use crate::eval::perplexity::perplexity as measure;
 use crate::model::{Model, SessionOptions};
@@ -72,6 +72,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         ProgressStyle::with_template("{bar:40} {pos}/{len} chunks {eta} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
+    print_notes(model.take_notes());
     let start = Instant::now();
     let most = args.chunks.map(|n| n as usize);
     let mut planned = 0;
@@ -92,7 +93,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     if args.json {
         return print_line(json!({
             "model": path.display().to_string(),
-            "device": model.device().describe(),
+            "device": model.describe(),
             "perplexity": found.value(),
             "standard_error": found.standard_error(),
             "nll": found.mean(),

@@ -174,7 +174,7 @@ pub fn fingerprint(pair: &Pair, tasks: &[Task], shared: &[&dyn std::fmt::Debug])
     let mut hash = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut hash);
     for model in [Some(pair.target()), pair.draft()].into_iter().flatten() {
-        (model.digest(), model.device().describe()).hash(&mut hash);
+        (model.digest(), model.describe()).hash(&mut hash);
     }
     for task in tasks {
         (&task.prompt, &task.stop, task.max_tokens).hash(&mut hash);

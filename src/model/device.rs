@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use serde_json::{Value as Json, json};
+
 use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, Isa};
 use crate::backend::gpu::{Adapter, Gpu};
 use crate::error::{Error, Result};
 
@@ -37,13 +39,12 @@ impl Device {
     ///   of an adapter's name, in any case;
     /// - `auto`: the best GPU if there is one, else the CPU.
     ///
-    /// `layers` of a model run on the GPU, the last ones; `None` is all. `threads` are the CPU's, 0
-    /// for one on each physical core.
+    /// `layers` of a model run on the GPU, the last ones; `None` is all. `cpu` runs the others.
     ///
     /// # Errors
     /// [`Error::Invalid`] if there is no such device; [`Error::Device`] if it cannot be opened.
-    pub fn named(name: &str, threads: usize, layers: Option<usize>) -> Result<Self> {
-        let cpu = Arc::new(Cpu::new(threads)?);
+    pub fn named(name: &str, cpu: Cpu, layers: Option<usize>) -> Result<Self> {
+        let cpu = Arc::new(cpu);
         let auto = name.eq_ignore_ascii_case("auto");
         if name.eq_ignore_ascii_case("cpu") {
             return Ok(Device::Cpu(cpu));
@@ -77,6 +78,26 @@ impl Device {
         }
     }
 
+    /// All devices, and where `auto` runs a model, as JSON: {"devices": [{"name", "description",
+    /// ...}], "auto": {"device", "why"}}.
+    ///
+    /// # Errors
+    /// As [`Cpu::new`].
+    pub fn all_as_json() -> Result<Json> {
+        let cpu = Cpu::new(0)?;
+        let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name);
+        let mut devices = vec![json!({
+            "name": "cpu",
+            "description": cpu.describe(),
+            "instruction_set": cpu.isa().name(),
+            "instruction_sets": sets.collect::<Vec<_>>(),
+            "threads": cpu.threads(),
+        })];
+        devices.extend(Adapter::all().iter().enumerate().map(|(i, gpu)| adapter_json(i, gpu)));
+        let (auto, why) = Device::auto_choice();
+        Ok(json!({"devices": devices, "auto": {"device": auto, "why": why}}))
+    }
+
     /// What it is, for people.
     pub fn describe(&self) -> String {
         match self {
@@ -91,4 +112,27 @@ impl Device {
             }
         }
     }
+}
+
+fn adapter_json(i: usize, adapter: &Adapter) -> Json {
+    let mut out = json!({
+        "name": format!("gpu:{i}"),
+        "description": adapter.name(),
+        "driver": adapter.driver(),
+        "interface": adapter.interface(),
+        "type": adapter.kind(),
+        "binding_limit": adapter.binding_limit(),
+        "buffer_limit": adapter.buffer_limit(),
+        "workgroup_memory": adapter.workgroup_memory(),
+        // The interfaces do not tell how much there is.
+        "memory": Json::Null,
+        "subgroups": adapter.subgroups().map(|(least, most)| json!([least, most])),
+        "f16": adapter.has_f16(),
+        "timestamps": adapter.has_timestamps(),
+    });
+    match Gpu::open(adapter).map(|gpu| gpu.kernels()) {
+        Ok(kernels) => out["kernels"] = kernels.into(),
+        Err(error) => out["error"] = error.to_string().into(),
+    }
+    out
 }
