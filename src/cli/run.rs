@@ -494,7 +494,8 @@ impl Report<'_> {
     /// One line if speculation did not pay.
     fn warn(&self) {
         let seconds = self.generation.generating_seconds();
-        if let Some(plain) = self.plain.filter(|plain| seconds > NOTABLE * plain) {
+        let notable = |plain: &f64| seconds > NOTABLE * plain && seconds > plain + 0.1;
+        if let Some(plain) = self.plain.filter(notable) {
             eprintln!(
                 "mtad: warning: {} took {seconds:.2} s where plain decoding would have taken about \
                  {plain:.2} s; try --strategy auto, or sample",
