@@ -10,23 +10,7 @@ use mtad::gguf::Gguf;
 use mtad::model::lm::{Batch, Row, Want};
 use mtad::model::{Device, Model, SessionOptions};
 
-use common::{nmse, read_npy, shared};
-
-/// Logits of every row, fed in groups of `group`.
-fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
-    let mut lm = model.session(&SessionOptions::default());
-    let mut out = Vec::new();
-    for piece in tokens.chunks(group) {
-        let mut batch = Batch::new();
-        for (i, &token) in piece.iter().enumerate() {
-            batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
-        }
-        let outputs = lm.eval(&batch).unwrap();
-        (0..piece.len()).for_each(|i| out.extend_from_slice(outputs.logits(i)));
-        lm.keep(Some(Row(piece.len() as u32 - 1))).unwrap();
-    }
-    out
-}
+use common::{logits, nmse, read_npy, shared};
 
 #[test]
 fn golden_logits_within_the_contract_on_every_instruction_set() {

@@ -20,7 +20,7 @@ use mtad::model::{Device, Model, SessionOptions};
 use mtad::pair::builtin_file;
 use mtad::{Error, Pair, Request, Settings, Strategy, Warp};
 
-use common::{nmse, read_npy, shared};
+use common::{logits, nmse, read_npy, shared};
 
 /// The first adapter.
 fn adapter() -> Option<Adapter> {
@@ -43,22 +43,6 @@ fn device(words: &str, layers: Option<usize>, may_fall_back: bool) -> Option<Dev
 fn gpu_of(device: &Device) -> &Gpu {
     let Device::Gpu(on_gpu) = device else { panic!("{}", device.describe()) };
     &on_gpu.gpu
-}
-
-/// Logits of every row, fed in groups of `group`.
-fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
-    let mut lm = model.session(&SessionOptions::default());
-    let mut out = Vec::new();
-    for piece in tokens.chunks(group) {
-        let mut batch = Batch::new();
-        for (i, &token) in piece.iter().enumerate() {
-            batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
-        }
-        let outputs = lm.eval(&batch).unwrap();
-        (0..piece.len()).for_each(|i| out.extend_from_slice(outputs.logits(i)));
-        lm.keep(Some(Row(piece.len() as u32 - 1))).unwrap();
-    }
-    out
 }
 
 /// The golden models whose names pass, with their tokens.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::metering::{MeterArgs, Metering, Work};
-use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes};
+use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
 use crate::error::{Error, Result};
@@ -123,10 +123,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         rounds: args.rounds,
         kernels: args.kernels,
     };
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("timing {bar:40} {pos}/{len} {eta}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
+    let bar = progress_bar("timing {bar:40} {pos}/{len} {eta}");
     let metering = args.meters.start(None)?;
     let mut watch = Watch { bar, metering, begun: None, window: None };
     let report = measure(&model, &plan, &mut watch)?;

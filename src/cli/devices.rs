@@ -31,12 +31,7 @@ pub struct DevicesArgs {
 }
 
 pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
-    let cpu = Cpu::new(0)?;
-    let sets: Vec<&str> =
-        Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect();
     let meters = args.meters.then(|| sources(args.meter_root.as_ref()).find());
-    let adapters = Adapter::all();
-    let (auto, why) = Device::auto_choice();
     if args.json {
         let mut out = Device::all_as_json()?;
         if let Some(meters) = &meters {
@@ -44,6 +39,9 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
         }
         return print_line(out);
     }
+    let cpu = Cpu::new(0)?;
+    let sets: Vec<&str> =
+        Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect();
     print_line(format_args!("cpu  {}", cpu.describe()))?;
     print_line(format_args!(
         "     instruction sets: {} (runs {}; MTAD_CPU=NAME chooses another)",
@@ -51,9 +49,10 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
         cpu.isa()
     ))?;
     print_line(format_args!("     threads: {} (--threads N chooses)", cpu.threads()))?;
-    for (i, adapter) in adapters.iter().enumerate() {
+    for (i, adapter) in Adapter::all().iter().enumerate() {
         print_adapter(i, adapter)?;
     }
+    let (auto, why) = Device::auto_choice();
     print_line(format_args!("auto runs on {auto}: {why} (--device NAME chooses another)"))?;
     meters.as_ref().map_or(Ok(()), print_meters)
 }

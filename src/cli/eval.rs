@@ -6,12 +6,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::Value as Json;
 
 use super::metering::{MeterArgs, Metering, Work};
 use super::run::{load_pair, watch_for_interrupts};
-use super::{DeviceArgs, cost_tables, print_line, print_notes, table};
+use super::{DeviceArgs, cost_tables, print_line, print_notes, progress_bar, table};
 use crate::decode::{Settings, Strategy};
 use crate::error::{Error, Result};
 use crate::eval::report::Report;
@@ -299,10 +299,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
         journal,
         costs,
     };
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} {eta} {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
+    let bar = progress_bar("{bar:40} {pos}/{len} {eta} {msg}");
     let mut watch = Watch { bar, metering, begun: None, works: Vec::new() };
     let (complete, cooled) = measure(&mut runner, &arms, matched, &mut watch)?;
     watch.bar.finish_and_clear();

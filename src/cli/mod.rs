@@ -180,16 +180,20 @@ fn read_text(argument: Option<&str>, file: Option<&PathBuf>, what: &str) -> Resu
     utf8("standard input", bytes)
 }
 
+/// A progress bar on standard error.
+fn progress_bar(template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
 /// A progress bar on standard error for loading; it appears only if loading takes a moment.
 fn loading_bar() -> impl FnMut(u64, u64) -> bool {
     let start = std::time::Instant::now();
     let mut bar: Option<ProgressBar> = None;
     move |done, total| {
         if bar.is_none() && start.elapsed() > Duration::from_millis(300) && done < total {
-            let style =
-                ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {eta}");
-            let new = ProgressBar::new(total);
-            new.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            let new = progress_bar("loading {bar:40} {bytes}/{total_bytes} {eta}");
+            new.set_length(total);
             bar = Some(new);
         }
         if let Some(bar) = &bar {

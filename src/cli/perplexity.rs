@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::run::watch_for_interrupts;
-use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text};
+use super::{
+    DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar, read_text,
+};
 use crate::error::Result;
 use crate::eval::perplexity::perplexity as measure;
 use crate::model::{Model, SessionOptions};
@@ -68,10 +69,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
 
     let cancel = Arc::new(AtomicBool::new(false));
     watch_for_interrupts(cancel.clone());
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} chunks {eta} {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
+    let bar = progress_bar("{bar:40} {pos}/{len} chunks {eta} {msg}");
     print_notes(model.take_notes());
     let start = Instant::now();
     let most = args.chunks.map(|n| n as usize);

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::HumanBytes;
 use serde_json::json;
 
 use super::run::watch_for_interrupts;
-use super::{open_model, print_line};
+use super::{open_model, print_line, progress_bar};
 use crate::error::{Error, Result};
 use crate::gguf::quantize::{Options, Stored, quantize as write};
 use crate::quant::Recipe;
@@ -57,10 +57,7 @@ pub(super) fn quantize(args: &QuantizeArgs) -> Result<()> {
     let pool = pool.map_err(|e| Error::invalid(format!("{threads} threads: {e}")))?;
     let cancel = Arc::new(AtomicBool::new(false));
     watch_for_interrupts(cancel.clone());
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {eta} {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
+    let bar = progress_bar("{bar:40} {bytes}/{total_bytes} {eta} {msg}");
     let options = Options { recipe: args.recipe, requantize: args.requantize };
     let start = Instant::now();
     let mut progress = |tensor: &Stored, done, total| {

@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use mtad::gguf::{Gguf, OwnedValue, Writer};
+use mtad::model::lm::{Batch, Row, Want};
+use mtad::model::{Model, SessionOptions};
 use mtad::quant::BlockType;
 
 /// A file or folder of the reference data: below `MTAD_SHARED`, or else below `../shared` beside
@@ -103,6 +105,22 @@ pub fn read_npy(path: &Path) -> Vec<f64> {
         assert!(text.contains("'<f4'"), "{text}");
         data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect()
     }
+}
+
+/// Logits of every row, fed in groups of `group`.
+pub fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
+    let mut lm = model.session(&SessionOptions::default());
+    let mut out = Vec::new();
+    for piece in tokens.chunks(group) {
+        let mut batch = Batch::new();
+        for (i, &token) in piece.iter().enumerate() {
+            batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
+        }
+        let outputs = lm.eval(&batch).unwrap();
+        (0..piece.len()).for_each(|i| out.extend_from_slice(outputs.logits(i)));
+        lm.keep(Some(Row(piece.len() as u32 - 1))).unwrap();
+    }
+    out
 }
 
 /// Normalised mean squared error: sum (x - exact)^2 / sum exact^2.

@@ -700,22 +700,9 @@ unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], count: usize, state: &mut [
 
 #[cfg(test)]
 mod tests {
+    use crate::backend::cpu::noise::Noise;
     use crate::backend::cpu::{Buffer, Cpu, Isa};
     use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
-
-    /// A small generator, so that a failure can be repeated.
-    struct Noise(u64);
-
-    impl Noise {
-        fn below(&mut self, n: usize) -> usize {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (self.0 >> 33) as usize % n
-        }
-
-        fn floats(&mut self, n: usize) -> Vec<f32> {
-            (0..n).map(|_| self.below(1 << 20) as f32 / (1 << 19) as f32 - 1.0).collect()
-        }
-    }
 
     fn buffer(cpu: &Cpu, width: usize, rows: &[Vec<f32>]) -> Buffer {
         let mut out = cpu.buffer(width);

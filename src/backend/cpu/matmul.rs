@@ -446,22 +446,9 @@ pub(super) unsafe fn multiply(
 mod tests {
     use super::*;
     use crate::backend::cpu::kernels::Isa;
+    use crate::backend::cpu::noise::Noise;
     use crate::gguf::Tensor;
     use crate::quant::BlockType;
-
-    /// A small generator, so that a failure can be repeated.
-    struct Noise(u64);
-
-    impl Noise {
-        fn bits(&mut self) -> u32 {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (self.0 >> 33) as u32
-        }
-
-        fn unit(&mut self) -> f32 {
-            self.bits() as f32 / (1u32 << 30) as f32 - 1.0
-        }
-    }
 
     /// Random blocks with plausible scales: any bits are values, but not any bits are an f16.
     fn blocks(block_type: BlockType, elements: usize, noise: &mut Noise) -> Vec<u8> {

@@ -13,6 +13,8 @@ mod aarch64;
 mod attention;
 mod kernels;
 mod matmul;
+#[cfg(test)]
+mod noise;
 mod panel;
 mod probe;
 mod simd;

@@ -69,7 +69,7 @@ enum Weights {
     Mapped(SharedTensor, Layout),
 }
 
-/// Where a panel that is not kept is packed; grows once.
+/// Where a panel that is not kept is packed: one after the other, during a product.
 #[derive(Debug, Default)]
 pub(super) struct Bench(Vec<Line>);
 
