@@ -81,7 +81,7 @@ fn attention<const N: usize>(bencher: Bencher, line: usize) {
     bencher.counter(ItemsCount::new(N * 512 * line)).bench_local(|| {
         cpu.pass(&rows, 0, |pass| {
             pass.rotate_and_store(&mut q, &mut k, &v, RotaryPairs::Interleaved, &mut cache, 0);
-            pass.attend(&q, &cache, 0, &mut out);
+            pass.attend(&q, &cache, 0, None, &mut out);
             Ok(())
         })
     });

@@ -19,6 +19,8 @@ struct Params {
     // The first row of this dispatch; splits of the row that sees most.
     first_row: u32,
     splits: u32,
+    // The most positions that a row attends to: the last of those that it sees.
+    window: u32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<f32>;
@@ -69,6 +71,9 @@ fn main(
     let seen = params.line + data[path];
     let begin = place.z * SPLIT;
     let end = min(begin + SPLIT, seen);
+    // The first position to attend to, and where its tile begins.
+    let start = max(begin, seen - min(seen, params.window));
+    let first = begin + (start - begin) / TILE * TILE;
 
     let pairs = params.head_dim / 2u;
     let row_pairs = params.kv_heads * pairs;
@@ -81,10 +86,11 @@ fn main(
     var high = vec2<f32>();
     var most = -3.0e38;
     var total = 0.0;
-    for (var tile = begin; tile < end; tile += TILE) {
+    for (var tile = first; tile < end; tile += TILE) {
         let count = min(TILE, end - tile);
+        let skip = max(start, tile) - tile;
         workgroupBarrier();
-        if index < count {
+        if index >= skip && index < count {
             let place = slot(path, tile + index);
             let at = place * row_pairs + head_pair;
             var score = 0.0;
@@ -98,11 +104,11 @@ fn main(
         }
         workgroupBarrier();
         var larger = most;
-        for (var i = 0u; i < count; i++) {
+        for (var i = skip; i < count; i++) {
             larger = max(larger, scores[i]);
         }
         workgroupBarrier();
-        if index < count {
+        if index >= skip && index < count {
             scores[index] = exp(scores[index] - larger);
         }
         let fade = exp(most - larger);
@@ -111,7 +117,7 @@ fn main(
         low *= fade;
         high *= fade;
         workgroupBarrier();
-        for (var i = 0u; i < count; i++) {
+        for (var i = skip; i < count; i++) {
             let weight = scores[i];
             let at = slots[i] * row_pairs + head_pair;
             total += weight;
@@ -124,7 +130,7 @@ fn main(
         }
     }
 
-    if begin >= end {
+    if start >= end {
         return;
     }
     if seen <= SPLIT {

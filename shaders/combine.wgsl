@@ -7,6 +7,7 @@ struct Params {
     paths_at: u32,
     first_row: u32,
     splits: u32,
+    window: u32,
 }
 
 @group(0) @binding(0) var<storage, read> partial: array<f32>;
@@ -25,16 +26,18 @@ fn main(
         return;
     }
     let splits = (seen + SPLIT - 1u) / SPLIT;
+    // Splits that lie before the window were left out.
+    let first = (seen - min(seen, params.window)) / SPLIT;
     let step = params.head_dim + 2u;
     let base = (place.y * places.x + place.x) * params.splits * step;
-    var most = partial[base];
-    for (var s = 1u; s < splits; s++) {
+    var most = partial[base + first * step];
+    for (var s = first + 1u; s < splits; s++) {
         most = max(most, partial[base + s * step]);
     }
     for (var d = index; d < params.head_dim; d += 64u) {
         var total = 0.0;
         var sum = 0.0;
-        for (var s = 0u; s < splits; s++) {
+        for (var s = first; s < splits; s++) {
             let at = base + s * step;
             let weight = exp(partial[at] - most);
             total = fma(weight, partial[at + 1u], total);

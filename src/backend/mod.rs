@@ -32,7 +32,8 @@ pub struct Rows<'a> {
     pub first_slot: usize,
     /// For each row, the tree slots that it sees.
     pub paths: &'a [u128],
-    /// For each row, cosine and sine of each rotated pair, `rotary_dims / 2` of them.
+    /// For each row, cosine and sine of each rotated pair, `rotary_dims / 2` of them; none where a
+    /// model rotates nothing.
     pub rotations: &'a [[f32; 2]],
 }
 
@@ -46,6 +47,17 @@ impl Rows<'_> {
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
+
+    /// How many positions row `i` sees, its own included: its position plus one.
+    pub fn seen(&self, i: usize) -> usize {
+        self.line + self.paths[i].count_ones() as usize
+    }
+}
+
+/// The first position that a row which sees `seen` positions attends to, if it looks back over a
+/// window of so many, its own included.
+pub(crate) fn window_start(seen: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |window| seen.saturating_sub(window))
 }
 
 /// Which elements of a head form a rotated pair.
@@ -249,12 +261,26 @@ pub trait Pass<B: Backend + ?Sized> {
     /// out\[i\] = table\[tokens\[i\]\].
     fn embed(&mut self, table: &B::Embedding, out: &mut B::Buffer);
 
+    /// x\[i\] += table\[position of row i\]: learned positions.
+    fn add_positions(&mut self, table: &B::Embedding, x: &mut B::Buffer);
+
     /// out = `rows`, one after the other: hidden rows that another backend computed.
     fn write(&mut self, rows: &[f32], out: &mut B::Buffer);
 
     /// out = x / sqrt(mean(x^2) + epsilon) * weight, row by row (RMSNorm; Zhang and Sennrich
     /// 2019, eq. 4).
     fn rms_norm(&mut self, x: &B::Buffer, weight: &B::Vector, epsilon: f32, out: &mut B::Buffer);
+
+    /// out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, row by row (LayerNorm; Ba et
+    /// al. 2016, eq. 4).
+    fn layer_norm(
+        &mut self,
+        x: &B::Buffer,
+        weight: &B::Vector,
+        bias: &B::Vector,
+        epsilon: f32,
+        out: &mut B::Buffer,
+    );
 
     /// Several products of the same input: each out = x W^T + bias.
     fn linear(&mut self, x: &B::Buffer, to: &mut [(&B::Matrix, &mut B::Buffer)]);
@@ -274,12 +300,23 @@ pub trait Pass<B: Backend + ?Sized> {
         layer: usize,
     );
 
-    /// Attention of each row over what it sees: out = softmax(q K^T / sqrt(head_dim)) V, head by
-    /// head; query heads share key/value heads in groups. Accumulated in order of position.
-    fn attend(&mut self, q: &B::Buffer, cache: &B::Cache, layer: usize, out: &mut B::Buffer);
+    /// Attention of each row over what it sees, or of that over the last `window` positions, its own
+    /// included: out = softmax(q K^T / sqrt(head_dim)) V, head by head; query heads share
+    /// key/value heads in groups. Accumulated in order of position.
+    fn attend(
+        &mut self,
+        q: &B::Buffer,
+        cache: &B::Cache,
+        layer: usize,
+        window: Option<usize>,
+        out: &mut B::Buffer,
+    );
 
     /// gate = silu(gate) * up (SwiGLU; Shazeer 2020, eq. 6), silu(x) = x / (1 + exp(-x)).
     fn swiglu(&mut self, gate: &mut B::Buffer, up: &B::Buffer);
+
+    /// x = max(x, 0).
+    fn relu(&mut self, x: &mut B::Buffer);
 
     /// out = the given rows of x.
     fn gather(&mut self, x: &B::Buffer, rows: &[u32], out: &mut B::Buffer);

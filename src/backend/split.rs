@@ -55,9 +55,14 @@ impl Split {
         Split { cpu, gpu, first }
     }
 
-    /// Whether a tensor belongs to a layer of the CPU. Tensors of no layer come after the last.
+    /// Whether a tensor belongs to the CPU: to one of its layers, or to what makes hidden rows of
+    /// tokens before the first. Other tensors of no layer come after the last.
     fn is_on_cpu(&self, tensor: &SharedTensor) -> bool {
-        let number = tensor.view().name.strip_prefix("blk.").and_then(|n| n.split('.').next());
+        let name = tensor.view().name;
+        if name.starts_with("token_embd_") {
+            return true;
+        }
+        let number = name.strip_prefix("blk.").and_then(|n| n.split('.').next());
         number.and_then(|n| n.parse::<usize>().ok()).is_some_and(|layer| layer < self.first)
     }
 }
@@ -186,6 +191,11 @@ impl Pass<Split> for SplitPass<'_> {
         out.on_gpu.set(false);
     }
 
+    fn add_positions(&mut self, table: &cpu::Embedding, x: &mut Buffer) {
+        assert!(!x.on_gpu.get(), "positions are added before the first layer");
+        self.cpu.add_positions(table, &mut x.cpu);
+    }
+
     fn write(&mut self, rows: &[f32], out: &mut Buffer) {
         self.cpu.write(rows, &mut out.cpu);
         out.on_gpu.set(false);
@@ -204,6 +214,27 @@ impl Pass<Split> for SplitPass<'_> {
                 self.hand_over(x);
                 self.gpu.rms_norm(&x.gpu.borrow(), weight, epsilon, out.gpu.get_mut());
             }
+        }
+        out.on_gpu.set(matches!(weight, Side::Gpu(_)));
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &Buffer,
+        weight: &Side<cpu::Vector, gpu::Vector>,
+        bias: &Side<cpu::Vector, gpu::Vector>,
+        epsilon: f32,
+        out: &mut Buffer,
+    ) {
+        match (weight, bias) {
+            (Side::Cpu(weight), Side::Cpu(bias)) => {
+                self.cpu.layer_norm(&x.cpu, weight, bias, epsilon, &mut out.cpu);
+            }
+            (Side::Gpu(weight), Side::Gpu(bias)) => {
+                self.hand_over(x);
+                self.gpu.layer_norm(&x.gpu.borrow(), weight, bias, epsilon, out.gpu.get_mut());
+            }
+            _ => unreachable!("weight and bias of a norm belong to one layer"),
         }
         out.on_gpu.set(matches!(weight, Side::Gpu(_)));
     }
@@ -260,12 +291,19 @@ impl Pass<Split> for SplitPass<'_> {
         }
     }
 
-    fn attend(&mut self, q: &Buffer, cache: &Cache, layer: usize, out: &mut Buffer) {
+    fn attend(
+        &mut self,
+        q: &Buffer,
+        cache: &Cache,
+        layer: usize,
+        window: Option<usize>,
+        out: &mut Buffer,
+    ) {
         if let Some(layer) = layer.checked_sub(self.split.first) {
-            self.gpu.attend(&q.gpu.borrow(), &cache.gpu, layer, out.gpu.get_mut());
+            self.gpu.attend(&q.gpu.borrow(), &cache.gpu, layer, window, out.gpu.get_mut());
             out.on_gpu.set(true);
         } else {
-            self.cpu.attend(&q.cpu, &cache.cpu, layer, &mut out.cpu);
+            self.cpu.attend(&q.cpu, &cache.cpu, layer, window, &mut out.cpu);
             out.on_gpu.set(false);
         }
     }
@@ -275,6 +313,14 @@ impl Pass<Split> for SplitPass<'_> {
             self.gpu.swiglu(gate.gpu.get_mut(), &up.gpu.borrow());
         } else {
             self.cpu.swiglu(&mut gate.cpu, &up.cpu);
+        }
+    }
+
+    fn relu(&mut self, x: &mut Buffer) {
+        if x.on_gpu.get() {
+            self.gpu.relu(x.gpu.get_mut());
+        } else {
+            self.cpu.relu(&mut x.cpu);
         }
     }
 

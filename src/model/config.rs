@@ -1,13 +1,131 @@
-//! A model's hyperparameters, read from GGUF metadata and checked.
+//! Hyperparameters, read from GGUF metadata and checked.
 
+use super::rotary::Rotary;
+use crate::backend::RotaryPairs;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+
+/// The architectures that are run, by their names in `general.architecture`.
+pub const ARCHITECTURES: [&str; 3] = ["llama", "qwen2", "opt"];
+
+/// Larger values than this in any dimension mean damaged metadata. Tensors are checked against
+/// these figures, and tensors fit the file, so memory stays in proportion to it.
+const MAX_DIM: u64 = 1 << 24;
+
+/// The metadata of a file under its architecture's name.
+#[derive(Debug, Clone, Copy)]
+pub struct Hyperparameters<'a> {
+    file: &'a Gguf,
+    architecture: &'a str,
+}
+
+impl<'a> Hyperparameters<'a> {
+    /// Those of a file.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an architecture that is not run, by name; [`Error::Format`] if
+    /// the file names none.
+    pub fn of(file: &'a Gguf) -> Result<Self> {
+        let architecture = file
+            .get_str("general.architecture")?
+            .ok_or_else(|| file.missing("general.architecture"))?;
+        if !ARCHITECTURES.contains(&architecture) {
+            let known = ARCHITECTURES.map(|name| format!("`{name}`")).join(", ");
+            let what = format!("has the architecture `{architecture}`; {known} are run");
+            return Err(Error::unsupported(file.name(), what));
+        }
+        Ok(Hyperparameters { file, architecture })
+    }
+
+    /// GGUF's `general.architecture`.
+    pub fn architecture(&self) -> &'a str {
+        self.architecture
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    /// A size, 1 or more.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for 0, an absurd size, or something else.
+    pub fn optional(&self, name: &str) -> Result<Option<usize>> {
+        let key = self.key(name);
+        match self.file.get_u64(&key)? {
+            Some(n) if n == 0 || n > MAX_DIM => Err(self
+                .wrong(format!("metadata `{key}` is {n}; a number from 1 to {MAX_DIM} is needed"))),
+            n => Ok(n.map(|n| n as usize)),
+        }
+    }
+
+    /// A size that must be there.
+    ///
+    /// # Errors
+    /// As [`Hyperparameters::optional`], and if there is none.
+    pub fn required(&self, name: &str) -> Result<usize> {
+        self.optional(name)?.ok_or_else(|| self.file.missing(&self.key(name)))
+    }
+
+    /// A positive number.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for another.
+    pub fn positive(&self, name: &str, default: f32) -> Result<f32> {
+        let key = self.key(name);
+        match self.file.get_f32(&key)? {
+            None => Ok(default),
+            Some(x) if x.is_finite() && x > 0.0 => Ok(x),
+            Some(x) => {
+                Err(self.wrong(format!("metadata `{key}` is {x}; a positive number is needed")))
+            }
+        }
+    }
+
+    /// A truth value.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for something else.
+    pub fn flag(&self, name: &str, default: bool) -> Result<bool> {
+        Ok(self.file.get_bool(&self.key(name))?.unwrap_or(default))
+    }
+
+    /// A word.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for something else.
+    pub fn text(&self, name: &str) -> Result<Option<&'a str>> {
+        self.file.get_str(&self.key(name))
+    }
+
+    /// A whole number of which 0 means that there is none.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for something else.
+    pub fn count(&self, name: &str) -> Result<Option<usize>> {
+        let n = self.file.get_u64(&self.key(name))?;
+        Ok(n.filter(|n| *n > 0).map(|n| usize::try_from(n).unwrap_or(usize::MAX)))
+    }
+
+    /// The error of metadata that do not hold together.
+    pub fn wrong(&self, what: String) -> Error {
+        Error::format(self.file.name(), what)
+    }
+
+    /// The error of what is not implemented.
+    pub fn unsupported(&self, what: String) -> Error {
+        Error::unsupported(self.file.name(), what)
+    }
+
+    /// The error of a key that must be there and is not.
+    pub fn missing(&self, name: &str) -> Error {
+        self.file.missing(&self.key(name))
+    }
+}
 
 /// What a decoder-only transformer of the Llama family is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// GGUF's `general.architecture`.
-    pub architecture: String,
     /// Layers.
     pub layers: usize,
     /// Width of the residual stream.
@@ -20,123 +138,76 @@ pub struct Config {
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Elements of a head that are rotated; even.
-    pub rotary_dims: usize,
-    /// Base of the rotary frequencies.
-    pub rope_base: f32,
-    /// Positions are divided by this ("linear" scaling); 1 for none.
-    pub rope_scale: f32,
+    /// How queries and keys are rotated.
+    pub rotary: Rotary,
+    /// How many positions a row attends to at most, its own included, if not to all (Mistral).
+    pub window: Option<usize>,
     /// Epsilon of RMSNorm.
     pub epsilon: f32,
     /// Positions that the model was trained for.
     pub context: usize,
 }
 
-/// Larger values than this in any dimension mean damaged metadata. Tensors are checked against
-/// these figures, and tensors fit the file, so memory stays in proportion to it.
-const MAX_DIM: u64 = 1 << 24;
-
 impl Config {
-    /// Reads the hyperparameters of a `llama` file.
+    /// Reads the hyperparameters of a file of the Llama family.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another architecture or a variation that is not implemented;
-    /// [`Error::Format`] for missing or impossible values.
-    pub fn from_gguf(file: &Gguf) -> Result<Self> {
-        let architecture = file
-            .get_str("general.architecture")?
-            .ok_or_else(|| file.missing("general.architecture"))?;
-        if architecture != "llama" {
-            return Err(Error::unsupported(
-                file.name(),
-                format!("has the architecture `{architecture}`; `llama` is run"),
-            ));
+    /// [`Error::Unsupported`] for a variation that is not implemented; [`Error::Format`] for
+    /// missing or impossible values.
+    pub fn read(keys: &Hyperparameters<'_>) -> Result<Self> {
+        if keys.count("expert_count")?.is_some() {
+            let what = "is a mixture of experts, which is not run; dense models are";
+            return Err(keys.unsupported(what.to_owned()));
         }
-        let key = |name: &str| format!("{architecture}.{name}");
-        let optional = |name: &str| -> Result<Option<usize>> {
-            let key = key(name);
-            match file.get_u64(&key)? {
-                Some(n) if n == 0 || n > MAX_DIM => Err(Error::format(
-                    file.name(),
-                    format!("metadata `{key}` is {n}; a number from 1 to {MAX_DIM} is needed"),
-                )),
-                n => Ok(n.map(|n| n as usize)),
-            }
-        };
-        let required = |name: &str| optional(name)?.ok_or_else(|| file.missing(&key(name)));
-        let positive = |name: &str, default: f32| -> Result<f32> {
-            let key = key(name);
-            match file.get_f32(&key)? {
-                None => Ok(default),
-                Some(x) if x.is_finite() && x > 0.0 => Ok(x),
-                Some(x) => Err(Error::format(
-                    file.name(),
-                    format!("metadata `{key}` is {x}; a positive number is needed"),
-                )),
-            }
-        };
-        let wrong = |what: String| Err(Error::format(file.name(), what));
-
-        if file.get_u64(&key("expert_count"))?.is_some_and(|n| n > 0) {
-            return Err(Error::unsupported(
-                file.name(),
-                "is a mixture of experts, which is not run; dense models are",
-            ));
-        }
-        let (width, heads) = (required("embedding_length")?, required("attention.head_count")?);
-        let kv_heads = optional("attention.head_count_kv")?.unwrap_or(heads);
+        let (width, heads) =
+            (keys.required("embedding_length")?, keys.required("attention.head_count")?);
+        let kv_heads = keys.optional("attention.head_count_kv")?.unwrap_or(heads);
         if heads % kv_heads != 0 {
-            return wrong(format!("{heads} query heads cannot share {kv_heads} key/value heads"));
+            return Err(
+                keys.wrong(format!("{heads} query heads cannot share {kv_heads} key/value heads"))
+            );
         }
-        let head_dim = match optional("attention.key_length")? {
+        let head_dim = match keys.optional("attention.key_length")? {
             Some(n) => n,
-            None if width % heads == 0 => width / heads,
-            None => return wrong(format!("a width of {width} does not divide into {heads} heads")),
+            None => head_dim(keys, width, heads)?,
         };
-        let value_dim = optional("attention.value_length")?.unwrap_or(head_dim);
+        let value_dim = keys.optional("attention.value_length")?.unwrap_or(head_dim);
         if value_dim != head_dim {
-            return Err(Error::unsupported(
-                file.name(),
-                format!(
-                    "has keys of {head_dim} elements and values of {value_dim}; equal lengths are run"
-                ),
-            ));
+            return Err(keys.unsupported(format!(
+                "has keys of {head_dim} elements and values of {value_dim}; equal lengths are run"
+            )));
         }
-        let rotary_dims = optional("rope.dimension_count")?.unwrap_or(head_dim);
-        if rotary_dims > head_dim || rotary_dims % 2 != 0 {
-            return wrong(format!("cannot rotate {rotary_dims} elements of heads of {head_dim}"));
-        }
-        let scaling = file.get_str(&key("rope.scaling.type"))?;
-        let rope_scale = match scaling {
-            None => positive("rope.scale_linear", 1.0)?,
-            Some("none") => 1.0,
-            Some("linear") => positive("rope.scaling.factor", 1.0)?,
-            Some(other) => {
-                return Err(Error::unsupported(
-                    file.name(),
-                    format!(
-                        "scales rotary positions by `{other}`; `none`, `linear` and Llama-3's factors are run"
-                    ),
-                ));
-            }
+        let context = keys.required("context_length")?;
+        let pairs = match keys.architecture() {
+            "llama" => RotaryPairs::Interleaved,
+            _ => RotaryPairs::Halves,
         };
-        let epsilon_key = "attention.layer_norm_rms_epsilon";
-        if file.get(&key(epsilon_key)).is_none() {
-            return Err(file.missing(&key(epsilon_key)));
+        let epsilon = "attention.layer_norm_rms_epsilon";
+        if keys.file.get(&keys.key(epsilon)).is_none() {
+            return Err(keys.missing(epsilon));
         }
         Ok(Config {
-            architecture: architecture.to_owned(),
-            layers: required("block_count")?,
+            layers: keys.required("block_count")?,
             width,
-            ffn_width: required("feed_forward_length")?,
+            ffn_width: keys.required("feed_forward_length")?,
             heads,
             kv_heads,
             head_dim,
-            rotary_dims,
-            rope_base: positive("rope.freq_base", 10_000.0)?,
-            rope_scale,
-            epsilon: positive(epsilon_key, 1e-5)?,
-            context: required("context_length")?,
+            rotary: Rotary::read(keys, pairs, head_dim, context)?,
+            window: keys.count("attention.sliding_window")?,
+            epsilon: keys.positive(epsilon, 1e-5)?,
+            context,
         })
     }
+}
+
+/// Elements of a head where the width is divided among heads.
+///
+/// # Errors
+/// It does not divide.
+pub fn head_dim(keys: &Hyperparameters<'_>, width: usize, heads: usize) -> Result<usize> {
+    if !width.is_multiple_of(heads) {
+        return Err(keys.wrong(format!("a width of {width} does not divide into {heads} heads")));
+    }
+    Ok(width / heads)
 }

@@ -1,11 +1,14 @@
 //! The Llama family: RMSNorm, rotary grouped-query attention, SwiGLU (Touvron et al. 2023).
+//!
+//! Mistral is one of it whose rows look back over a window; Qwen2 one with biases and other rotary
+//! pairs.
 
 use std::sync::Arc;
 
-use super::config::Config;
+use super::config::{Config, Hyperparameters};
 use super::session::{Architecture, Shape};
-use super::weights::Weights;
-use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs};
+use super::weights::{Ends, Loader};
+use crate::backend::{Backend, CacheShape, CacheType, Pass};
 use crate::error::Result;
 use crate::gguf::Gguf;
 
@@ -35,72 +38,42 @@ impl<B: Backend> Llama<B> {
     /// Loads a file's weights onto a backend. `loaded` is told the bytes of each tensor done.
     ///
     /// # Errors
-    /// What [`Config::from_gguf`], [`Weights`] and the backend report.
+    /// What [`Config::read`], [`Loader`] and the backend report.
     pub fn load(
         file: &Arc<Gguf>,
         backend: &B,
         loaded: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
-        let config = Config::from_gguf(file)?;
-        let mut weights = Weights::new(file);
+        let config = Config::read(&Hyperparameters::of(file)?)?;
+        let mut w = Loader::new(file, backend, loaded);
         let Config { width, ffn_width, heads, kv_heads, head_dim, .. } = config;
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let (mut macs, mut weight_bytes) = (0, 0);
-
-        let vocab_size = file.tensor("token_embd.weight").map_or(0, |t| t.rows);
-        let table = weights.take("token_embd.weight", vocab_size, width)?;
-        // Without an output matrix of its own the model reuses its embedding.
-        let output = weights.find("output.weight", vocab_size, width)?;
-        let factors = weights.find("rope_freqs.weight", 1, config.rotary_dims / 2)?;
-
-        let vector = |weights: &mut Weights, name: String, len: usize| {
-            let tensor = weights.take(&name, 1, len)?;
-            backend.vector(&tensor)
-        };
-        let mut matrix = |weights: &mut Weights, name: String, rows: usize, cols: usize| {
-            let tensor = weights.take(&format!("{name}.weight"), rows, cols)?;
-            let bias = weights.find(&format!("{name}.bias"), 1, rows)?;
-            let matrix = backend.matrix(&tensor, bias.as_ref())?;
-            macs += rows * cols;
-            weight_bytes += tensor.view().bytes.len();
-            loaded(tensor.view().bytes.len() as u64)?;
-            Ok(matrix)
-        };
+        let factors = w.weights().floats("rope_freqs.weight", config.rotary.dims / 2)?;
         let mut layers = Vec::new();
         for i in 0..config.layers {
-            let w = &mut weights;
             let name = |part: &str| format!("blk.{i}.{part}");
             layers.push(Layer {
-                attention_norm: vector(w, name("attn_norm.weight"), width)?,
-                q: matrix(w, name("attn_q"), q_width, width)?,
-                k: matrix(w, name("attn_k"), kv_width, width)?,
-                v: matrix(w, name("attn_v"), kv_width, width)?,
-                o: matrix(w, name("attn_output"), width, q_width)?,
-                ffn_norm: vector(w, name("ffn_norm.weight"), width)?,
-                gate: matrix(w, name("ffn_gate"), ffn_width, width)?,
-                up: matrix(w, name("ffn_up"), ffn_width, width)?,
-                down: matrix(w, name("ffn_down"), width, ffn_width)?,
+                attention_norm: w.vector(&name("attn_norm.weight"), width)?,
+                q: w.matrix(&name("attn_q"), q_width, width)?,
+                k: w.matrix(&name("attn_k"), kv_width, width)?,
+                v: w.matrix(&name("attn_v"), kv_width, width)?,
+                o: w.matrix(&name("attn_output"), width, q_width)?,
+                ffn_norm: w.vector(&name("ffn_norm.weight"), width)?,
+                gate: w.matrix(&name("ffn_gate"), ffn_width, width)?,
+                up: w.matrix(&name("ffn_up"), ffn_width, width)?,
+                down: w.matrix(&name("ffn_down"), width, ffn_width)?,
             });
         }
-        let norm = vector(&mut weights, "output_norm.weight".to_owned(), width)?;
-        let output = output.as_ref().unwrap_or(&table);
-        macs += vocab_size * width;
-        weight_bytes += output.view().bytes.len();
-        let output_matrix = backend.matrix(output, None)?;
-        loaded(output.view().bytes.len() as u64)?;
-        weights.finish()?;
-
-        let factors = factors.map(|t| {
-            let mut factors = vec![0.0; config.rotary_dims / 2];
-            t.view().block_type.dequantize(t.view().bytes, &mut factors);
-            factors
-        });
+        let norm = w.vector("output_norm.weight", width)?;
+        let Ends { embedding, output, vocab_size, macs, weight_bytes } = w.ends(width)?;
         let shape = Shape {
             vocab_size,
             context: config.context,
+            position_limit: None,
             macs,
             weight_bytes,
-            rotary_frequencies: rotary_frequencies(&config, factors.as_deref()),
+            rotary_frequencies: config.rotary.frequencies(factors.as_deref()),
+            rotary_magnitude: config.rotary.magnitude(),
             cache: CacheShape {
                 layers: config.layers,
                 kv_heads,
@@ -108,21 +81,8 @@ impl<B: Backend> Llama<B> {
                 cache_type: CacheType::F16,
             },
         };
-        let embedding = backend.embedding(&table)?;
-        Ok(Llama { config, shape, embedding, layers, norm, output: output_matrix })
+        Ok(Llama { config, shape, embedding, layers, norm, output })
     }
-}
-
-/// Radians per position of each rotated pair: base^(-2i/d), divided by the linear scale and by
-/// Llama-3's factor of the pair (RoPE; Su et al. 2021, section 3.2.2).
-fn rotary_frequencies(config: &Config, factors: Option<&[f32]>) -> Vec<f64> {
-    let dims = config.rotary_dims as f64;
-    (0..config.rotary_dims / 2)
-        .map(|i| {
-            let frequency = f64::from(config.rope_base).powf(-2.0 * i as f64 / dims);
-            frequency / f64::from(config.rope_scale) / factors.map_or(1.0, |f| f64::from(f[i]))
-        })
-        .collect()
 }
 
 /// The activations of one evaluation.
@@ -172,7 +132,8 @@ impl<B: Backend> Architecture<B> for Llama<B> {
         a: &mut Activations<B>,
         wanted: &[u32],
     ) {
-        let epsilon = self.config.epsilon;
+        let Config { epsilon, window, .. } = self.config;
+        let pairs = self.config.rotary.pairs;
         pass.embed(&self.embedding, &mut a.x);
         for (i, layer) in self.layers.iter().enumerate() {
             pass.rms_norm(&a.x, &layer.attention_norm, epsilon, &mut a.normed);
@@ -180,8 +141,8 @@ impl<B: Backend> Architecture<B> for Llama<B> {
                 &a.normed,
                 &mut [(&layer.q, &mut a.q), (&layer.k, &mut a.k), (&layer.v, &mut a.v)],
             );
-            pass.rotate_and_store(&mut a.q, &mut a.k, &a.v, RotaryPairs::Interleaved, cache, i);
-            pass.attend(&a.q, cache, i, &mut a.attended);
+            pass.rotate_and_store(&mut a.q, &mut a.k, &a.v, pairs, cache, i);
+            pass.attend(&a.q, cache, i, window, &mut a.attended);
             pass.linear_add(&a.attended, &layer.o, &mut a.x);
 
             pass.rms_norm(&a.x, &layer.ffn_norm, epsilon, &mut a.normed);

@@ -5,7 +5,9 @@ pub mod config;
 pub mod device;
 pub mod llama;
 pub mod lm;
+pub mod opt;
 mod rescue;
+pub mod rotary;
 pub mod session;
 pub mod table;
 pub mod tree;
@@ -17,7 +19,7 @@ use crate::backend::split::Split;
 use crate::backend::{Backend, CacheType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use config::Config;
+use config::Hyperparameters;
 pub use device::Device;
 use device::OnGpu;
 use lm::Lm;
@@ -67,9 +69,10 @@ impl<B: Backend, A: Architecture<B>> Sessions for Loaded<B, A> {
     }
 
     fn session(&self, options: &SessionOptions) -> Box<dyn Lm> {
-        let capacity = options.context.unwrap_or(self.shape().context);
-        let cache =
-            crate::backend::CacheShape { cache_type: options.cache_type, ..self.shape().cache };
+        let shape = self.shape();
+        let capacity = options.context.unwrap_or(shape.context);
+        let capacity = capacity.min(shape.position_limit.unwrap_or(usize::MAX));
+        let cache = crate::backend::CacheShape { cache_type: options.cache_type, ..shape.cache };
         Box::new(Session::new(self.backend.clone(), self.model.clone(), capacity, cache))
     }
 }
@@ -112,7 +115,7 @@ impl Model {
             done += bytes;
             if progress(done.min(total), total) { Ok(()) } else { Err(Error::Cancelled) }
         };
-        let layers = Config::from_gguf(&file)?.layers;
+        let layers = Hyperparameters::of(&file)?.required("block_count")?;
         let mut spare = None;
         let sessions = match device {
             Device::Cpu(cpu) => sessions(&file, cpu.clone(), &mut loaded)?,
@@ -138,6 +141,18 @@ impl Model {
 
     /// A new session with an empty cache.
     pub fn session(&self, options: &SessionOptions) -> Box<dyn Lm> {
+        if let (Some(limit), Some(wanted)) = (self.shape().position_limit, options.context)
+            && wanted > limit
+        {
+            let note = format!(
+                "{} has {limit} learned positions; a context of {wanted} ends there",
+                self.file.name()
+            );
+            let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+            if !notes.contains(&note) {
+                notes.push(note);
+            }
+        }
         let session = self.sessions.session(options);
         match &self.spare {
             None => session,
@@ -183,6 +198,14 @@ fn sessions<B: Backend>(
     backend: Arc<B>,
     loaded: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Arc<dyn Sessions>> {
-    let model = llama::Llama::load(file, &*backend, loaded)?;
-    Ok(Arc::new(Loaded { backend, model: Arc::new(model) }))
+    Ok(match Hyperparameters::of(file)?.architecture() {
+        "opt" => {
+            let model = Arc::new(opt::Opt::load(file, &*backend, loaded)?);
+            Arc::new(Loaded { backend, model })
+        }
+        _ => {
+            let model = Arc::new(llama::Llama::load(file, &*backend, loaded)?);
+            Arc::new(Loaded { backend, model })
+        }
+    })
 }

@@ -19,8 +19,12 @@ pub struct Shape {
     pub macs: usize,
     /// Bytes of the weights that every pass reads: all matrices, as the file stores them.
     pub weight_bytes: usize,
-    /// Radians per position of each rotated pair.
+    /// The most positions that it has any notion of, if there is a limit: learned ones.
+    pub position_limit: Option<usize>,
+    /// Radians per position of each rotated pair; none if it rotates nothing.
     pub rotary_frequencies: Vec<f64>,
+    /// What rotated queries and keys are multiplied with; 1 for most.
+    pub rotary_magnitude: f64,
     /// What it keeps for each row.
     pub cache: CacheShape,
 }
@@ -93,16 +97,19 @@ impl<B: Backend, A: Architecture<B>> Session<B, A> {
 
     /// Collects the rotations and paths of the rows from `first` on.
     fn place(&mut self, first: usize) {
-        let frequencies = &self.model.shape().rotary_frequencies;
-        let pairs = frequencies.len();
+        let Shape { rotary_frequencies, rotary_magnitude, .. } = self.model.shape();
+        let pairs = rotary_frequencies.len();
         self.row_rotations.clear();
         self.paths.clear();
         for row in (first..self.tree.len()).map(|r| Row(r as u32)) {
             let position = self.tree.position(row);
-            for p in self.rotations.len() / pairs..=position {
-                let angle = |f: &f64| (p as f64 * f).sin_cos();
-                self.rotations
-                    .extend(frequencies.iter().map(angle).map(|(s, c)| [c as f32, s as f32]));
+            while self.rotations.len() < (position + 1) * pairs {
+                let p = (self.rotations.len() / pairs) as f64;
+                let rotation = |f: &f64| {
+                    let (sin, cos) = (p * f).sin_cos();
+                    [(rotary_magnitude * cos) as f32, (rotary_magnitude * sin) as f32]
+                };
+                self.rotations.extend(rotary_frequencies.iter().map(rotation));
             }
             self.row_rotations.extend_from_slice(&self.rotations[position * pairs..][..pairs]);
             self.paths.push(self.tree.path(row));

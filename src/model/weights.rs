@@ -1,8 +1,10 @@
-//! Taking tensors out of a file by name and shape, and making sure that none is left over.
+//! Taking tensors out of a file by name and shape and onto a backend, and making sure that none is
+//! left over.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, SharedTensor};
 
@@ -51,6 +53,23 @@ impl Weights {
         })
     }
 
+    /// The elements of the vector called `name`, if the file has it.
+    ///
+    /// # Errors
+    /// It has another shape, or a type that cannot be read.
+    pub fn floats(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
+        let Some(tensor) = self.find(name, 1, len)? else { return Ok(None) };
+        let view = tensor.view();
+        if !view.block_type.can_dequantize() {
+            let what =
+                format!("tensor `{name}` has the type {}, which cannot be read", view.block_type);
+            return Err(Error::unsupported(view.file, what));
+        }
+        let mut floats = vec![0.0; len];
+        view.block_type.dequantize(view.bytes, &mut floats);
+        Ok(Some(floats))
+    }
+
     /// Checks that every tensor was asked for: one that an architecture does not know would be
     /// left out of its arithmetic without a word.
     ///
@@ -70,4 +89,99 @@ impl Weights {
             )),
         }
     }
+}
+
+/// Takes a file's tensors onto a backend, and counts what a pass will read and multiply.
+pub struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    weights: Weights,
+    /// Told the bytes of each matrix done.
+    loaded: &'a mut dyn FnMut(u64) -> Result<()>,
+    /// Multiplications with weights for one row.
+    pub macs: usize,
+    /// Bytes of the matrices, as the file stores them.
+    pub weight_bytes: usize,
+}
+
+impl<'a, B: Backend> Loader<'a, B> {
+    /// All tensors of `file`, for `backend`. `loaded` is told the bytes of each matrix done.
+    pub fn new(
+        file: &Arc<Gguf>,
+        backend: &'a B,
+        loaded: &'a mut dyn FnMut(u64) -> Result<()>,
+    ) -> Self {
+        Loader { backend, weights: Weights::new(file), loaded, macs: 0, weight_bytes: 0 }
+    }
+
+    /// Tokens in the vocabulary: rows of the embedding.
+    pub fn vocab_size(&self) -> usize {
+        self.weights.file.tensor("token_embd.weight").map_or(0, |t| t.rows)
+    }
+
+    /// The tensors of the file, for what is no matrix or vector on the backend.
+    pub fn weights(&mut self) -> &mut Weights {
+        &mut self.weights
+    }
+
+    /// The vector called `name`.
+    ///
+    /// # Errors
+    /// As [`Weights::take`] and [`Backend::vector`].
+    pub fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
+        self.backend.vector(&self.weights.take(name, 1, len)?)
+    }
+
+    /// The matrix `name.weight` with `rows` outputs and `cols` inputs, and with `name.bias` if the
+    /// file has that.
+    ///
+    /// # Errors
+    /// As [`Weights::take`] and [`Backend::matrix`]; what the progress callback returns.
+    pub fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<B::Matrix> {
+        let tensor = self.weights.take(&format!("{name}.weight"), rows, cols)?;
+        let bias = self.weights.find(&format!("{name}.bias"), 1, rows)?;
+        self.matrix_of(&tensor, bias.as_ref())
+    }
+
+    fn matrix_of(
+        &mut self,
+        tensor: &SharedTensor,
+        bias: Option<&SharedTensor>,
+    ) -> Result<B::Matrix> {
+        let matrix = self.backend.matrix(tensor, bias)?;
+        let view = tensor.view();
+        self.macs += view.rows * view.cols;
+        self.weight_bytes += view.bytes.len();
+        (self.loaded)(view.bytes.len() as u64)?;
+        Ok(matrix)
+    }
+
+    /// The embedding of tokens and the matrix of the logits, which is the embedding again where the
+    /// file has none of its own. Last of all, because the file must have no other tensor left.
+    ///
+    /// # Errors
+    /// As [`Loader::matrix`] and [`Weights::finish`].
+    pub fn ends(mut self, width: usize) -> Result<Ends<B>> {
+        let vocab_size = self.vocab_size();
+        let table = self.weights.take("token_embd.weight", vocab_size, width)?;
+        let output = self.weights.find("output.weight", vocab_size, width)?;
+        let output = self.matrix_of(output.as_ref().unwrap_or(&table), None)?;
+        let embedding = self.backend.embedding(&table)?;
+        let Loader { weights, macs, weight_bytes, .. } = self;
+        weights.finish()?;
+        Ok(Ends { embedding, output, vocab_size, macs, weight_bytes })
+    }
+}
+
+/// The two ends of a model, and what was counted on the way.
+pub struct Ends<B: Backend> {
+    /// Rows of the embedding, by token.
+    pub embedding: B::Embedding,
+    /// Makes logits of hidden rows.
+    pub output: B::Matrix,
+    /// Tokens in the vocabulary.
+    pub vocab_size: usize,
+    /// Multiplications with weights for one row, logits included.
+    pub macs: usize,
+    /// Bytes of all matrices, as the file stores them.
+    pub weight_bytes: usize,
 }

@@ -13,7 +13,7 @@ use std::array::TryFromSliceError;
 use std::ops::Range;
 
 use super::simd::{Simd, exp, max_lanes, sum_lanes};
-use crate::backend::{CacheShape, CacheType, RotaryPairs, Rows};
+use crate::backend::{CacheShape, CacheType, RotaryPairs, Rows, window_start};
 
 /// Slots of a chunk.
 const CHUNK: usize = 16;
@@ -304,6 +304,8 @@ pub(super) fn store<E: Element>(
 pub(super) struct Attention<'a> {
     pub rows: Rows<'a>,
     pub shape: &'a CacheShape,
+    /// How many positions a row attends to at most, if not to all that it sees.
+    pub window: Option<usize>,
     /// Query heads that share a key/value head.
     pub group: usize,
     /// Queries, `stride` f32s a row; heads side by side.
@@ -324,8 +326,18 @@ pub(super) struct Scratch {
     state: Vec<f32>,
     /// For each row, the part of its path that is still to be attended to.
     paths: Vec<u128>,
-    /// Rows that share what the tile holds, and how much of it each sees.
-    sharing: Vec<(usize, usize)>,
+    /// For each row, the first position that it attends to.
+    starts: Vec<usize>,
+    /// Rows that share what the tile holds, and which part of it each attends to.
+    sharing: Vec<Sharing>,
+}
+
+/// A row, and the positions of a tile that it attends to: from `skip` on, below `count`.
+#[derive(Clone, Copy)]
+struct Sharing {
+    row: usize,
+    skip: usize,
+    count: usize,
 }
 
 /// Keys and values of up to 32 consecutive positions of one head, widened to f32.
@@ -376,7 +388,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
     heads: std::ops::Range<usize>,
     scratch: &mut Scratch,
 ) {
-    let Scratch { tile, state, paths, sharing } = scratch;
+    let Scratch { tile, state, paths, starts, sharing } = scratch;
     let state_len = 2 + g.padded;
     let rows = a.rows.len();
     state.clear();
@@ -390,10 +402,20 @@ unsafe fn attend_group<S: Simd, E: Element>(
     // SAFETY (all blocks): slots below `reserve`d are in the layer; the tile is as large as its
     // keys and values; queries and outputs have a head's elements at every row.
 
+    starts.clear();
+    starts.extend((0..rows).map(|row| window_start(a.rows.seen(row), a.window)));
+    let earliest = starts.iter().copied().min().unwrap_or(0);
+
     // Whole tiles of the line, which every row sees.
-    sharing.clear();
-    sharing.extend((0..rows).map(|row| (row, TILE)));
-    for first in (0..base).step_by(TILE) {
+    for first in (earliest / TILE * TILE..base).step_by(TILE) {
+        sharing.clear();
+        let end = first + TILE;
+        let attending = starts.iter().enumerate().filter(|(_, start)| **start < end);
+        sharing.extend(attending.map(|(row, start)| Sharing {
+            row,
+            skip: start.saturating_sub(first),
+            count: TILE,
+        }));
         // SAFETY: as above.
         unsafe {
             tile.load_line::<S, E>(g, layer, kv_head, first, TILE);
@@ -404,7 +426,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
     // alike, as those of a chain do, share what is loaded.
     paths.clear();
     paths.extend_from_slice(a.rows.paths);
-    let mut line = rest;
+    let (mut first, mut line) = (base, rest);
     while paths.iter().any(|path| *path != 0) {
         // SAFETY: as above.
         unsafe { tile.load_line::<S, E>(g, layer, kv_head, base, line) };
@@ -427,11 +449,14 @@ unsafe fn attend_group<S: Simd, E: Element>(
                 *path &= *path - 1;
                 count += 1;
             }
-            sharing.push((row, count));
+            let skip = starts[row].saturating_sub(first);
+            if skip < count {
+                sharing.push(Sharing { row, skip, count });
+            }
         }
         // SAFETY: as above.
         unsafe { rows_step::<S>(a, g, heads.clone(), sharing, tile, state) };
-        line = 0;
+        (first, line) = (first + TILE, 0);
     }
 
     for row in 0..rows {
@@ -453,7 +478,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
     }
 }
 
-/// Adds to the state of each row, for each of the heads, as many positions of the tile as it sees.
+/// Adds to the state of each row, for each of the heads, the positions of the tile that it attends to.
 ///
 /// Queries go four at a time: a vector of the tile is loaded once for all, and their sums do not
 /// wait for each other. What a query gets does not depend on its neighbours.
@@ -462,7 +487,7 @@ unsafe fn rows_step<S: Simd>(
     a: &Attention<'_>,
     g: Geometry,
     heads: std::ops::Range<usize>,
-    rows: &[(usize, usize)],
+    rows: &[Sharing],
     tile: &Tile,
     state: &mut [f32],
 ) {
@@ -470,13 +495,16 @@ unsafe fn rows_step<S: Simd>(
     let mut i = 0;
     while i < count {
         let n = if i + 4 <= count { 4 } else { 1 };
-        let mut queries = [Query { q: std::ptr::null(), state: std::ptr::null_mut(), count: 0 }; 4];
+        let none = Query { q: std::ptr::null(), state: std::ptr::null_mut(), skip: 0, count: 0 };
+        let mut queries = [none; 4];
         for (j, query) in queries[..n].iter_mut().enumerate() {
-            let ((row, count), head) = (rows[(i + j) / heads.len()], (i + j) % heads.len());
+            let Sharing { row, skip, count } = rows[(i + j) / heads.len()];
+            let head = (i + j) % heads.len();
             let at = (row * heads.len() + head) * state_len;
             *query = Query {
                 q: a.q[row * a.stride + (heads.start + head) * g.head_dim..][..g.head_dim].as_ptr(),
                 state: state[at..][..state_len].as_mut_ptr(),
+                skip,
                 count,
             };
         }
@@ -556,7 +584,8 @@ struct Query {
     q: *const f32,
     /// 2 + padded elements, see [`Scratch`].
     state: *mut f32,
-    /// Positions of the tile that it sees.
+    /// Positions of the tile that it attends to: from `skip` on, below `count`.
+    skip: usize,
     count: usize,
 }
 
@@ -591,7 +620,7 @@ unsafe fn tile_step<S: Simd, const N: usize>(queries: &[Query; N], tile: &Tile, 
         }
         for (p, query) in p.iter_mut().zip(queries) {
             let state = std::slice::from_raw_parts_mut(query.state, 2 + g.padded);
-            softmax_step::<S>(p, query.count, state);
+            softmax_step::<S>(p, query.skip..query.count, state);
         }
         let mut d = 0;
         while d < g.padded {
@@ -622,14 +651,20 @@ unsafe fn weigh<S: Simd, const N: usize, const V: usize>(
     unsafe {
         let values = tile.values.as_ptr().add(d);
         let mut sums = [[S::f32(0.0); V]; N];
-        let mut common = TILE;
+        // What all of them attend to.
+        let (mut skip, mut common) = (0, TILE);
         for (sums, query) in sums.iter_mut().zip(queries) {
-            common = common.min(query.count);
+            (skip, common) = (skip.max(query.skip), common.min(query.count));
             for (v, sum) in sums.iter_mut().enumerate() {
                 *sum = S::load(query.state.add(2 + d + v * S::LANES));
             }
         }
-        for j in 0..common {
+        // (Weights of 0 for what a query does not attend to would not do: a value may be infinite.)
+        for ((sums, p), query) in sums.iter_mut().zip(p).zip(queries) {
+            let before = query.skip..skip.min(query.count);
+            add_rows::<S, V>(sums, p, before, values, g);
+        }
+        for j in skip..common {
             let row = values.add(j * g.padded);
             let mut x = [S::f32(0.0); V];
             for (v, x) in x.iter_mut().enumerate() {
@@ -642,14 +677,8 @@ unsafe fn weigh<S: Simd, const N: usize, const V: usize>(
                 }
             }
         }
-        // (Weights of 0 for what a query does not see would not do: a value may be infinite.)
         for ((sums, p), query) in sums.iter_mut().zip(p).zip(queries) {
-            for (j, &p) in p.iter().enumerate().take(query.count).skip(common) {
-                let row = values.add(j * g.padded);
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = S::fma(S::f32(p), S::load(row.add(v * S::LANES)), *sum);
-                }
-            }
+            add_rows::<S, V>(sums, p, common.max(skip)..query.count, values, g);
             for (v, sum) in sums.iter().enumerate() {
                 S::store(query.state.add(2 + d + v * S::LANES), *sum);
             }
@@ -658,11 +687,36 @@ unsafe fn weigh<S: Simd, const N: usize, const V: usize>(
     }
 }
 
+/// Adds some of a tile's values, by their weights `p`, to one query's sums.
+///
+/// # Safety
+/// As [`weigh`]'s; `positions` are below [`TILE`].
+#[inline(always)]
+unsafe fn add_rows<S: Simd, const V: usize>(
+    sums: &mut [S::F; V],
+    p: &[f32; TILE],
+    positions: Range<usize>,
+    values: *const f32,
+    g: Geometry,
+) {
+    for j in positions {
+        // SAFETY: the caller's.
+        unsafe {
+            let row = values.add(j * g.padded);
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::fma(S::f32(p[j]), S::load(row.add(v * S::LANES)), *sum);
+            }
+        }
+    }
+}
+
 /// Turns a tile's scores into weights relative to the largest score so far, and brings the state
 /// to that scale.
 #[inline(always)]
-unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], count: usize, state: &mut [f32]) {
-    p[count..].fill(f32::NEG_INFINITY);
+unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], within: Range<usize>, state: &mut [f32]) {
+    let Range { start, end } = within;
+    p[..start].fill(f32::NEG_INFINITY);
+    p[end..].fill(f32::NEG_INFINITY);
     // SAFETY: `p` is TILE long, the state 2 and then whole vectors.
     unsafe {
         let at = p.as_mut_ptr();
@@ -676,7 +730,8 @@ unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], count: usize, state: &mut [
             S::store(at.add(j), exp::<S>(S::sub(S::load(at.add(j)), S::f32(now))));
         }
         // The exponential of minus infinity is a small number, not 0.
-        p[count..].fill(0.0);
+        p[..start].fill(0.0);
+        p[end..].fill(0.0);
         let at = p.as_mut_ptr();
         let mut sum = S::load(at);
         for j in (S::LANES..TILE).step_by(S::LANES) {
@@ -702,7 +757,7 @@ unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], count: usize, state: &mut [
 mod tests {
     use crate::backend::cpu::noise::Noise;
     use crate::backend::cpu::{Buffer, Cpu, Isa};
-    use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
+    use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows, window_start};
 
     fn buffer(cpu: &Cpu, width: usize, rows: &[Vec<f32>]) -> Buffer {
         let mut out = cpu.buffer(width);
@@ -718,6 +773,7 @@ mod tests {
         shape: CacheShape,
         group: usize,
         line: usize,
+        window: Option<usize>,
         k: Vec<Vec<f32>>,
         v: Vec<Vec<f32>>,
         q: Vec<Vec<f32>>,
@@ -730,6 +786,7 @@ mod tests {
             group: usize,
             line: usize,
             tree: usize,
+            window: Option<usize>,
             noise: &mut Noise,
         ) -> Self {
             let (slots, width) = (line + tree, shape.kv_heads * shape.head_dim);
@@ -744,7 +801,7 @@ mod tests {
                 };
                 paths.push(parent.map_or(0, |p| paths[p]) | 1 << i);
             }
-            Case { shape, group, line, k, v, q, paths }
+            Case { shape, group, line, window, k, v, q, paths }
         }
 
         /// Stores everything, and attends with the rows `rows` of the tree.
@@ -767,7 +824,7 @@ mod tests {
                 cpu.pass(&rows, usize::MAX, |pass| {
                     let pairs = RotaryPairs::Interleaved;
                     pass.rotate_and_store(&mut q, &mut k, &v, pairs, &mut cache, 0);
-                    pass.attend(&q, &cache, 0, &mut out);
+                    pass.attend(&q, &cache, 0, self.window, &mut out);
                     Ok(())
                 })
                 .unwrap();
@@ -788,6 +845,7 @@ mod tests {
             let (d, path) = (self.shape.head_dim, self.paths[row]);
             let tree = (0..self.paths.len()).filter(|r| path >> r & 1 == 1).map(|r| self.line + r);
             let seen: Vec<usize> = (0..self.line).chain(tree).collect();
+            let seen = &seen[window_start(seen.len(), self.window)..];
             let mut out = Vec::new();
             for head in 0..self.shape.kv_heads * self.group {
                 let q = &self.q[self.line + row][head * d..][..d];
@@ -812,11 +870,21 @@ mod tests {
     #[test]
     fn attention_is_exact_and_a_row_gets_the_same_bits_alone_and_among_others() {
         let mut noise = Noise(3);
-        let cases = [(64, 2, 4, 70, 13), (80, 1, 1, 31, 40), (8, 2, 3, 0, 66), (16, 1, 5, 64, 1)];
-        for (head_dim, kv_heads, group, line, tree) in cases {
+        let cases = [
+            (64, 2, 4, 70, 13, None),
+            (80, 1, 1, 31, 40, None),
+            (8, 2, 3, 0, 66, None),
+            (16, 1, 5, 64, 1, None),
+            // Windows that end within a tile, a path, one position, and before the first.
+            (64, 2, 2, 101, 20, Some(50)),
+            (16, 1, 3, 33, 60, Some(7)),
+            (8, 1, 1, 40, 9, Some(1)),
+            (8, 1, 2, 64, 9, Some(1000)),
+        ];
+        for (head_dim, kv_heads, group, line, tree, window) in cases {
             let cache_type = CacheType::F32;
             let shape = CacheShape { layers: 1, kv_heads, head_dim, cache_type };
-            let case = Case::new(shape, group, line, tree, &mut noise);
+            let case = Case::new(shape, group, line, tree, window, &mut noise);
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
                 let cpu = Cpu::with_isa(2, isa).unwrap();
                 let together = case.run(&cpu, 0..tree);

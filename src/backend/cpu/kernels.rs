@@ -160,6 +160,8 @@ pub(super) struct Kernels {
     pub lay_out: unsafe fn(Form, &[f32], &mut [u32], usize, usize),
     /// [`rms_norm`].
     pub rms_norm: unsafe fn(&[f32], usize, &[f32], f32, &mut [f32]),
+    /// [`layer_norm`].
+    pub layer_norm: unsafe fn(&[f32], usize, &LayerNorm<'_>, &mut [f32]),
     /// [`swiglu`].
     pub swiglu: unsafe fn(&mut [f32], &[f32]),
     /// [`attention::attend`] for the two cache types.
@@ -194,6 +196,47 @@ unsafe fn rms_norm<S: Simd>(
         for i in (0..x.len()).step_by(S::LANES) {
             let v = S::mul(S::load(x.as_ptr().add(i)), scale);
             S::store(out.as_mut_ptr().add(i), S::mul(v, S::load(weight.as_ptr().add(i))));
+        }
+    }
+}
+
+/// What a LayerNorm multiplies with and adds; the slices are padded with zeros to vectors.
+#[derive(Clone, Copy)]
+pub(super) struct LayerNorm<'a> {
+    pub weight: &'a [f32],
+    pub bias: &'a [f32],
+    pub epsilon: f32,
+}
+
+/// One row of LayerNorm over `width` elements; the slices are padded with zeros to vectors.
+#[inline(always)]
+unsafe fn layer_norm<S: Simd>(x: &[f32], width: usize, norm: &LayerNorm<'_>, out: &mut [f32]) {
+    let LayerNorm { weight, bias, epsilon } = *norm;
+    assert!(x.len() == weight.len() && x.len() == bias.len() && x.len() == out.len());
+    assert!(x.len().is_multiple_of(16));
+    // SAFETY: all four are x.len() long, a multiple of every vector.
+    unsafe {
+        let mut sums = S::f32(0.0);
+        for i in (0..x.len()).step_by(S::LANES) {
+            sums = S::add(sums, S::load(x.as_ptr().add(i)));
+        }
+        let mean = S::f32(sum_lanes::<S>(sums) / width as f32);
+        for i in (0..x.len()).step_by(S::LANES) {
+            S::store(out.as_mut_ptr().add(i), S::sub(S::load(x.as_ptr().add(i)), mean));
+        }
+        // What pads the row is not part of it.
+        out[width..].fill(0.0);
+        let mut squares = S::f32(0.0);
+        for i in (0..x.len()).step_by(S::LANES) {
+            let v = S::load(out.as_ptr().add(i));
+            squares = S::fma(v, v, squares);
+        }
+        let variance = sum_lanes::<S>(squares) / width as f32;
+        let scale = S::f32(1.0 / (variance + epsilon).sqrt());
+        for i in (0..x.len()).step_by(S::LANES) {
+            let v = S::mul(S::load(out.as_ptr().add(i)), scale);
+            let (w, b) = (S::load(weight.as_ptr().add(i)), S::load(bias.as_ptr().add(i)));
+            S::store(out.as_mut_ptr().add(i), S::fma(v, w, b));
         }
     }
 }
@@ -278,6 +321,14 @@ macro_rules! compile {
             /// # Safety
             /// The machine has the instruction set.
             $(#[target_feature(enable = $features)])?
+            unsafe fn layer_norm(x: &[f32], width: usize, norm: &LayerNorm<'_>, out: &mut [f32]) {
+                // SAFETY: the caller's.
+                unsafe { super::layer_norm::<$simd>(x, width, norm, out) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
             unsafe fn swiglu(gate: &mut [f32], up: &[f32]) {
                 // SAFETY: the caller's.
                 unsafe { super::swiglu::<$simd>(gate, up) }
@@ -319,6 +370,7 @@ macro_rules! compile {
                 matmul,
                 lay_out,
                 rms_norm,
+                layer_norm,
                 swiglu,
                 attend_f16,
                 attend_f32,

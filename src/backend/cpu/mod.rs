@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{SharedTensor, Tensor};
 use crate::quant::BlockType;
 use attention::{Attention, Layers, Scratch};
-use kernels::Kernels;
+use kernels::{Kernels, LayerNorm};
 use matmul::Form;
 use panel::Panels;
 use team::{Crew, Team};
@@ -400,6 +400,16 @@ impl Pass<Cpu> for CpuPass<'_> {
         }
     }
 
+    fn add_positions(&mut self, table: &Embedding, x: &mut Buffer) {
+        let (view, width) = (table.0.view(), x.width);
+        let mut positions = vec![0.0; width];
+        for i in 0..self.rows.len() {
+            let position = self.rows.seen(i) - 1;
+            view.block_type.dequantize(view.row(position), &mut positions);
+            x.row_mut(i).iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
+        }
+    }
+
     fn write(&mut self, rows: &[f32], out: &mut Buffer) {
         let width = out.width;
         assert_eq!(rows.len() % width, 0);
@@ -419,6 +429,28 @@ impl Pass<Cpu> for CpuPass<'_> {
             unsafe {
                 let to = std::slice::from_raw_parts_mut(to.get().add(i * stride), stride);
                 (self.kernels.rms_norm)(x.row(i), x.width, &weight.0, epsilon, to);
+            }
+        });
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &Buffer,
+        weight: &Vector,
+        bias: &Vector,
+        epsilon: f32,
+        out: &mut Buffer,
+    ) {
+        assert_eq!(x.width, out.width);
+        let stride = x.stride;
+        let norm = LayerNorm { weight: &weight.0, bias: &bias.0, epsilon };
+        out.set_rows(x.rows());
+        let to = Shared(out.data.as_mut_ptr());
+        self.each_row(x.rows(), x.width, |i| {
+            // SAFETY: row i of `out` belongs to this call; the kernels are this machine's.
+            unsafe {
+                let to = std::slice::from_raw_parts_mut(to.get().add(i * stride), stride);
+                (self.kernels.layer_norm)(x.row(i), x.width, &norm, to);
             }
         });
     }
@@ -458,19 +490,27 @@ impl Pass<Cpu> for CpuPass<'_> {
         }
     }
 
-    fn attend(&mut self, q: &Buffer, cache: &Cache, layer: usize, out: &mut Buffer) {
+    fn attend(
+        &mut self,
+        q: &Buffer,
+        cache: &Cache,
+        layer: usize,
+        window: Option<usize>,
+        out: &mut Buffer,
+    ) {
         assert_eq!((q.width, q.rows()), (out.width, self.rows.len()));
         out.set_rows(q.rows());
         let heads = q.width / cache.shape.head_dim;
         let a = Attention {
             rows: self.rows,
             shape: &cache.shape,
+            window,
             group: heads / cache.shape.kv_heads,
             q: &q.data,
             out: out.data.as_mut_ptr(),
             stride: q.stride,
         };
-        let seen = self.rows.line + self.rows.len();
+        let seen = (self.rows.line + self.rows.len()).min(window.unwrap_or(usize::MAX));
         let parts = match seen * self.rows.len() * q.width {
             n if n < ALONE_ELEMENTS => 1,
             _ => self.crew.threads(),
@@ -501,6 +541,17 @@ impl Pass<Cpu> for CpuPass<'_> {
                 let to = std::slice::from_raw_parts_mut(to.get().add(i * stride), stride);
                 (self.kernels.swiglu)(to, up.row(i));
             }
+        });
+    }
+
+    fn relu(&mut self, x: &mut Buffer) {
+        let (stride, rows) = (x.stride, x.rows());
+        let to = Shared(x.data.as_mut_ptr());
+        self.each_row(rows, stride, |i| {
+            // SAFETY: row i of `x` belongs to this call.
+            let row = unsafe { std::slice::from_raw_parts_mut(to.get().add(i * stride), stride) };
+            // (What is not a number stays so.)
+            row.iter_mut().filter(|x| **x < 0.0).for_each(|x| *x = 0.0);
         });
     }
 

@@ -776,6 +776,33 @@ impl<'p> GpuPass<'p> {
         }
     }
 
+    /// Rows of a table: those of the tokens, or those of the positions, which are added.
+    fn look_up(&mut self, table: &Matrix, by_position: bool, out: &Buffer) {
+        assert_eq!(table.cols, out.width);
+        let n = self.rows.len();
+        let chunks = table.cols.div_ceil(CHUNK);
+        for part in &table.parts.parts {
+            let params = [
+                table.cols,
+                chunks,
+                table.row_bytes,
+                part.first,
+                part.rows,
+                out.stride / 4,
+                usize::from(by_position),
+                self.rows.line,
+                self.paths_at as usize,
+            ];
+            self.dispatch(
+                Shader::weights(Frame::Embed, table.block),
+                &[&part.bytes, out.storage()],
+                &params.map(|n| n as u32),
+                [chunks.div_ceil(64), n, 1],
+                n * table.cols,
+            );
+        }
+    }
+
     /// Rounds activations to bytes, if a product of this pass wants them so.
     fn quantize(&mut self, x: &Buffer, mut matrices: impl Iterator<Item = BlockType>) {
         if !self.gpu.variants.int8 || matrices.all(BlockType::is_float) {
@@ -819,22 +846,14 @@ impl<'p> GpuPass<'p> {
 
 impl Pass<Gpu> for GpuPass<'_> {
     fn embed(&mut self, table: &Embedding, out: &mut Buffer) {
-        let table = &table.0;
-        assert_eq!(table.cols, out.width);
         let n = self.rows.len();
         self.set_rows(out, n);
-        let chunks = table.cols.div_ceil(CHUNK);
-        for part in &table.parts.parts {
-            let stride = out.stride / 4;
-            let params = [table.cols, chunks, table.row_bytes, part.first, part.rows, stride];
-            self.dispatch(
-                Shader::weights(Frame::Embed, table.block),
-                &[&part.bytes, out.storage()],
-                &params.map(|n| n as u32),
-                [chunks.div_ceil(64), n, 1],
-                n * table.cols,
-            );
-        }
+        self.look_up(&table.0, false, out);
+    }
+
+    fn add_positions(&mut self, table: &Embedding, x: &mut Buffer) {
+        assert_eq!(x.rows, self.rows.len());
+        self.look_up(&table.0, true, x);
     }
 
     fn write(&mut self, rows: &[f32], out: &mut Buffer) {
@@ -861,6 +880,25 @@ impl Pass<Gpu> for GpuPass<'_> {
             &[x.width as u32, x.stride as u32, epsilon.to_bits()],
             [x.rows, 1, 1],
             x.rows * x.width,
+        );
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &Buffer,
+        weight: &Vector,
+        bias: &Vector,
+        epsilon: f32,
+        out: &mut Buffer,
+    ) {
+        assert_eq!([x.width; 3], [out.width, weight.len, bias.len]);
+        self.set_rows(out, x.rows);
+        self.dispatch(
+            Shader { subgroup: self.gpu.subgroup, ..Shader::plain(Frame::LayerNorm) },
+            &[x.storage(), &weight.floats, &bias.floats, out.storage()],
+            &[x.width as u32, x.stride as u32, epsilon.to_bits()],
+            [x.rows, 1, 1],
+            2 * x.rows * x.width,
         );
     }
 
@@ -920,7 +958,14 @@ impl Pass<Gpu> for GpuPass<'_> {
         );
     }
 
-    fn attend(&mut self, q: &Buffer, cache: &Cache, layer: usize, out: &mut Buffer) {
+    fn attend(
+        &mut self,
+        q: &Buffer,
+        cache: &Cache,
+        layer: usize,
+        window: Option<usize>,
+        out: &mut Buffer,
+    ) {
         assert_eq!((q.width, q.rows), (out.width, self.rows.len()));
         self.set_rows(out, q.rows);
         let Some([keys, values]) = &cache.layers[layer] else { return };
@@ -940,6 +985,7 @@ impl Pass<Gpu> for GpuPass<'_> {
         };
         let partial = self.scratch(0, at_once * row_floats);
         let scale = 1.0 / (head_dim as f32).sqrt();
+        let window = window.map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX));
         for first in (0..q.rows).step_by(at_once) {
             let rows = at_once.min(q.rows - first);
             let params = [
@@ -952,6 +998,7 @@ impl Pass<Gpu> for GpuPass<'_> {
                 scale.to_bits(),
                 first as u32,
                 splits as u32,
+                window,
             ];
             self.dispatch(
                 Shader::cache(Frame::Attend, cache.is_f16()),
@@ -968,6 +1015,7 @@ impl Pass<Gpu> for GpuPass<'_> {
                     self.paths_at,
                     first as u32,
                     splits as u32,
+                    window,
                 ];
                 self.dispatch(
                     Shader::plain(Frame::Combine),
@@ -988,6 +1036,16 @@ impl Pass<Gpu> for GpuPass<'_> {
             &[gate.stride4()],
             [(gate.stride / 4).div_ceil(64), gate.rows, 1],
             gate.rows * gate.stride,
+        );
+    }
+
+    fn relu(&mut self, x: &mut Buffer) {
+        self.dispatch(
+            Shader::plain(Frame::Relu),
+            &[x.storage()],
+            &[x.stride4()],
+            [(x.stride / 4).div_ceil(64), x.rows, 1],
+            x.rows * x.stride,
         );
     }
 

@@ -34,6 +34,7 @@ pub(super) enum Access {
 pub(super) enum Frame {
     Embed,
     RmsNorm,
+    LayerNorm,
     Matmul,
     Quantize,
     MatmulInt8,
@@ -41,6 +42,7 @@ pub(super) enum Frame {
     Attend,
     Combine,
     Swiglu,
+    Relu,
     Gather,
     MoveRows,
     Largest,
@@ -82,12 +84,14 @@ impl Shader {
         match self.frame {
             Frame::Embed | Frame::Gather | Frame::Combine | Frame::Largest => &[Read, Write],
             Frame::RmsNorm => &[Read, Read, Write],
+            Frame::LayerNorm => &[Read, Read, Read, Write],
             Frame::Matmul => &[Read, Read, Read, Write],
             Frame::Quantize => &[Read, Write, Write],
             Frame::MatmulInt8 => &[Read, Read, Read, Read, Write],
             Frame::RotateStore => &[Write, Read, Read, Write, Write],
             Frame::Attend => &[Read, Read, Read, Write, Write],
             Frame::Swiglu => &[Write, Read],
+            Frame::Relu => &[Write],
             Frame::MoveRows => &[Write, Write],
         }
     }
@@ -97,6 +101,7 @@ impl Shader {
         let mut name = match self.frame {
             Frame::Embed => "embed",
             Frame::RmsNorm => "rms_norm",
+            Frame::LayerNorm => "layer_norm",
             Frame::Matmul => "matmul",
             Frame::Quantize => "quantize",
             Frame::MatmulInt8 => "matmul_int8",
@@ -104,6 +109,7 @@ impl Shader {
             Frame::Attend => "attend",
             Frame::Combine => "combine",
             Frame::Swiglu => "swiglu",
+            Frame::Relu => "relu",
             Frame::Gather => "gather",
             Frame::MoveRows => "move_rows",
             Frame::Largest => "largest",
@@ -129,6 +135,7 @@ impl Shader {
         out += match self.frame {
             Frame::Embed => include_str!("../../../shaders/embed.wgsl"),
             Frame::RmsNorm => include_str!("../../../shaders/rms_norm.wgsl"),
+            Frame::LayerNorm => include_str!("../../../shaders/layer_norm.wgsl"),
             Frame::Matmul => include_str!("../../../shaders/matmul.wgsl"),
             Frame::Quantize => include_str!("../../../shaders/quantize.wgsl"),
             Frame::MatmulInt8 => include_str!("../../../shaders/matmul_int8.wgsl"),
@@ -136,6 +143,7 @@ impl Shader {
             Frame::Attend => include_str!("../../../shaders/attend.wgsl"),
             Frame::Combine => include_str!("../../../shaders/combine.wgsl"),
             Frame::Swiglu => include_str!("../../../shaders/swiglu.wgsl"),
+            Frame::Relu => include_str!("../../../shaders/relu.wgsl"),
             Frame::Gather => include_str!("../../../shaders/gather.wgsl"),
             Frame::MoveRows => include_str!("../../../shaders/move_rows.wgsl"),
             Frame::Largest => include_str!("../../../shaders/largest.wgsl"),
@@ -160,7 +168,8 @@ impl Shader {
 
     /// Whether threads add up sums.
     pub fn sums(&self) -> bool {
-        matches!(self.frame, Frame::Matmul | Frame::MatmulInt8 | Frame::RmsNorm)
+        use Frame::{LayerNorm, Matmul, MatmulInt8, RmsNorm};
+        matches!(self.frame, Matmul | MatmulInt8 | RmsNorm | LayerNorm)
     }
 
     /// Every shader that can be asked for, with subgroups of each size.
@@ -168,7 +177,8 @@ impl Shader {
     pub fn all() -> Vec<Shader> {
         let mut all = Vec::new();
         for subgroup in [1, 4, 8, 16, 32] {
-            all.push(Shader { subgroup, ..Shader::plain(Frame::RmsNorm) });
+            let norms = [Frame::RmsNorm, Frame::LayerNorm];
+            all.extend(norms.map(|norm| Shader { subgroup, ..Shader::plain(norm) }));
             for block in BlockType::READABLE {
                 for columns in COLUMNS {
                     let frames: &[_] = match block.is_float() {
@@ -192,6 +202,7 @@ impl Shader {
             Frame::Quantize,
             Frame::Combine,
             Frame::Swiglu,
+            Frame::Relu,
             Frame::Gather,
             Frame::MoveRows,
             Frame::Largest,

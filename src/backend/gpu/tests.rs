@@ -195,19 +195,22 @@ fn embedding_rows_are_those_of_the_scalar_code() {
     }
 }
 
-/// Norm, SwiGLU, gather and hand-over of some rows.
+/// Norms, SwiGLU, ReLU, gather and hand-over of some rows.
 fn small_verbs<B: Backend>(backend: &B, width: usize) -> Vec<f32> {
     let weight = backend.vector(&tensor(BlockType::F32, 1, width)).unwrap();
-    let x: Vec<f32> = noise(5).take(6 * width).map(|x| 40.0 * x).collect();
-    let [mut a, mut b, mut c] = [(); 3].map(|()| backend.buffer(width));
+    let x: Vec<f32> = noise(5).take(6 * width).map(|x| 40.0 * x + 3.0).collect();
+    let [mut a, mut b, mut c, mut d] = [(); 4].map(|()| backend.buffer(width));
     plain(backend, 6, |pass| {
         pass.write(&x, &mut a);
         pass.rms_norm(&a, &weight, 1e-5, &mut b);
+        pass.layer_norm(&a, &weight, &weight, 1e-5, &mut d);
+        pass.relu(&mut d);
         pass.swiglu(&mut a, &b);
         pass.gather(&a, &[5, 0, 3], &mut c);
     });
     let mut out = read(backend, &b);
     out.extend(read(backend, &c));
+    out.extend(read(backend, &d));
     out
 }
 
@@ -232,6 +235,7 @@ struct Heads {
     rotated: usize,
     pairs: RotaryPairs,
     cache_type: CacheType,
+    window: Option<usize>,
 }
 
 /// Evaluates rows in a cache, `at_a_time` rows to a pass: a line, then a tree whose rows are given
@@ -276,7 +280,7 @@ fn attention<B: Backend>(
                 pass.write(&values(1, kv_width), &mut k);
                 pass.write(&values(2, kv_width), &mut v);
                 pass.rotate_and_store(&mut q, &mut k, &v, h.pairs, &mut cache, 0);
-                pass.attend(&q, &cache, 0, &mut a);
+                pass.attend(&q, &cache, 0, h.window, &mut a);
                 Ok(())
             })
             .unwrap();
@@ -317,9 +321,12 @@ fn attention_is_the_cpus_and_does_not_depend_on_its_neighbours() {
         rotated: 32,
         pairs: RotaryPairs::Interleaved,
         cache_type: CacheType::F16,
+        window: None,
     };
     for h in [
         usual,
+        Heads { window: Some(9), ..usual },
+        Heads { window: Some(300), ..usual },
         Heads { pairs: RotaryPairs::Halves, cache_type: CacheType::F32, ..usual },
         Heads { head_dim: 160, rotated: 60, heads: 2, kv_heads: 1, ..usual },
         Heads { head_dim: 6, rotated: 4, pairs: RotaryPairs::Halves, ..usual },
@@ -379,7 +386,7 @@ fn heads_that_do_not_fit_are_refused_and_nothing_breaks() {
                 pass.write(&[0.0; 512], buffer);
             }
             pass.rotate_and_store(&mut q, &mut k, &v, RotaryPairs::Halves, &mut cache, 0);
-            pass.attend(&q, &cache, 0, &mut out);
+            pass.attend(&q, &cache, 0, None, &mut out);
             Ok(())
         })
         .unwrap_err();
