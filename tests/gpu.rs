@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mtad::backend::cpu::Cpu;
-use mtad::backend::gpu::{Adapter, Gpu, Variants};
+use mtad::backend::gpu::{Gpu, Variants};
 use mtad::gguf::Gguf;
 use mtad::model::device::OnGpu;
 use mtad::model::lm::{Batch, Row, Want};
@@ -20,18 +20,7 @@ use mtad::model::{Device, Model, SessionOptions};
 use mtad::pair::builtin_file;
 use mtad::{Error, Pair, Request, Settings, Strategy, Warp};
 
-use common::{logits, nmse, read_npy, shared};
-
-/// The first adapter.
-fn adapter() -> Option<Adapter> {
-    let found = Adapter::all().into_iter().next();
-    if found.is_none() {
-        let required = std::env::var_os("MTAD_REQUIRE_GPU").is_some_and(|v| v != "0");
-        assert!(!required, "MTAD_REQUIRE_GPU is set, and no adapter was found");
-        eprintln!("skipped: no adapter was found (a Vulkan driver such as lavapipe would do)");
-    }
-    found
-}
+use common::{adapter, logits, nmse, read_npy, shared};
 
 /// A GPU with some of a model's layers, without or with leave to go on on the CPU.
 fn device(words: &str, layers: Option<usize>, may_fall_back: bool) -> Option<Device> {

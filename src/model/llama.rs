@@ -45,7 +45,7 @@ impl<B: Backend> Llama<B> {
         loaded: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
         let config = Config::read(&Hyperparameters::of(file)?)?;
-        let mut w = Loader::new(file, backend, loaded);
+        let mut w = Loader::new(file, config.width, backend, loaded)?;
         let Config { width, ffn_width, heads, kv_heads, head_dim, .. } = config;
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
         let factors = w.weights().floats("rope_freqs.weight", config.rotary.dims / 2)?;
@@ -65,7 +65,7 @@ impl<B: Backend> Llama<B> {
             });
         }
         let norm = w.vector("output_norm.weight", width)?;
-        let Ends { embedding, output, vocab_size, macs, weight_bytes } = w.ends(width)?;
+        let Ends { embedding, output, vocab_size, macs, weight_bytes } = w.ends()?;
         let shape = Shape {
             vocab_size,
             context: config.context,

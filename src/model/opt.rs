@@ -121,7 +121,7 @@ impl<B: Backend> Opt<B> {
         loaded: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
         let config = Config::read(&Hyperparameters::of(file)?)?;
-        let mut w = Loader::new(file, backend, loaded);
+        let mut w = Loader::new(file, config.word_width, backend, loaded)?;
         let Config { width, word_width, ffn_width, heads, head_dim, .. } = config;
         let positions = w.weights().take("position_embd.weight", config.context, width)?;
         let positions = backend.embedding(&positions)?;
@@ -151,7 +151,7 @@ impl<B: Backend> Opt<B> {
             false => None,
         };
         let project_out = project(&mut w, "output_proj", word_width, width)?;
-        let Ends { embedding, output, vocab_size, macs, weight_bytes } = w.ends(word_width)?;
+        let Ends { embedding, output, vocab_size, macs, weight_bytes } = w.ends()?;
         let shape = Shape {
             vocab_size,
             context: config.context,

@@ -95,6 +95,8 @@ impl Weights {
 pub struct Loader<'a, B: Backend> {
     backend: &'a B,
     weights: Weights,
+    /// The embedding, of which the logits may be made too.
+    table: SharedTensor,
     /// Told the bytes of each matrix done.
     loaded: &'a mut dyn FnMut(u64) -> Result<()>,
     /// Multiplications with weights for one row.
@@ -104,18 +106,26 @@ pub struct Loader<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
-    /// All tensors of `file`, for `backend`. `loaded` is told the bytes of each matrix done.
+    /// All tensors of `file`, for `backend`, whose embedding has rows of `word_width`. `loaded` is
+    /// told the bytes of each matrix done.
+    ///
+    /// # Errors
+    /// There is no embedding, or it has another width: as [`Weights::take`].
     pub fn new(
         file: &Arc<Gguf>,
+        word_width: usize,
         backend: &'a B,
         loaded: &'a mut dyn FnMut(u64) -> Result<()>,
-    ) -> Self {
-        Loader { backend, weights: Weights::new(file), loaded, macs: 0, weight_bytes: 0 }
+    ) -> Result<Self> {
+        let mut weights = Weights::new(file);
+        let name = "token_embd.weight";
+        let table = weights.take(name, file.tensor(name).map_or(0, |t| t.rows), word_width)?;
+        Ok(Loader { backend, weights, table, loaded, macs: 0, weight_bytes: 0 })
     }
 
     /// Tokens in the vocabulary: rows of the embedding.
     pub fn vocab_size(&self) -> usize {
-        self.weights.file.tensor("token_embd.weight").map_or(0, |t| t.rows)
+        self.table.view().rows
     }
 
     /// The tensors of the file, for what is no matrix or vector on the backend.
@@ -160,15 +170,15 @@ impl<'a, B: Backend> Loader<'a, B> {
     ///
     /// # Errors
     /// As [`Loader::matrix`] and [`Weights::finish`].
-    pub fn ends(mut self, width: usize) -> Result<Ends<B>> {
-        let vocab_size = self.vocab_size();
-        let table = self.weights.take("token_embd.weight", vocab_size, width)?;
-        let output = self.weights.find("output.weight", vocab_size, width)?;
+    pub fn ends(mut self) -> Result<Ends<B>> {
+        let (rows, cols) = (self.table.view().rows, self.table.view().cols);
+        let output = self.weights.find("output.weight", rows, cols)?;
+        let table = self.table.clone();
         let output = self.matrix_of(output.as_ref().unwrap_or(&table), None)?;
         let embedding = self.backend.embedding(&table)?;
         let Loader { weights, macs, weight_bytes, .. } = self;
         weights.finish()?;
-        Ok(Ends { embedding, output, vocab_size, macs, weight_bytes })
+        Ok(Ends { embedding, output, vocab_size: rows, macs, weight_bytes })
     }
 }
 

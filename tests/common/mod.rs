@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use mtad::backend::gpu::Adapter;
 use mtad::gguf::{Gguf, OwnedValue, Writer};
 use mtad::model::lm::{Batch, Row, Want};
 use mtad::model::{Model, SessionOptions};
@@ -23,6 +24,18 @@ pub fn shared(path: &str) -> Option<PathBuf> {
     assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "{why}");
     eprintln!("skipped: {why}");
     None
+}
+
+/// The first adapter. `None`, with a line that says so, where there is none; a failure if
+/// `MTAD_REQUIRE_GPU` is set.
+pub fn adapter() -> Option<Adapter> {
+    let found = Adapter::all().into_iter().next();
+    if found.is_none() {
+        let required = std::env::var_os("MTAD_REQUIRE_GPU").is_some_and(|v| v != "0");
+        assert!(!required, "MTAD_REQUIRE_GPU is set, and no adapter was found");
+        eprintln!("skipped: no adapter was found (a Vulkan driver such as lavapipe would do)");
+    }
+    found
 }
 
 /// Token types as GGUF numbers them.
