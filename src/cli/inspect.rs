@@ -30,8 +30,12 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
 }
 
 fn print(file: &Gguf) -> Result<()> {
+    let parts = match file.parts() {
+        1 => String::new(),
+        parts => format!(" in {parts} files"),
+    };
     print_line(format_args!(
-        "{}: GGUF version {}, {}, header {}",
+        "{}: GGUF version {}{parts}, {}, header {}",
         file.name(),
         file.version(),
         size(file.file_len() as u64),
@@ -82,6 +86,7 @@ fn to_json(file: &Gguf) -> Json {
         .collect();
     json!({
         "file": file.name(),
+        "files": file.parts(),
         "version": file.version(),
         "bytes": file.file_len(),
         "alignment": file.alignment(),

@@ -5,12 +5,15 @@
 //! are: metadata arrays and tensors are views into the map, so parsing a file costs a few bytes
 //! per entry whatever the entries hold.
 //!
+//! A model may lie in several files (`split.rs`); they are opened together and read as one.
+//!
 //! The crate `gguf-rs` reads the same header in the tests, where it cross-checks this reader; it
 //! is not the loader because it copies maps to the heap, drops value types and duplicate keys,
 //! and accepts offsets past the end of the file.
 
 pub mod quantize;
 mod reader;
+mod split;
 mod value;
 mod write;
 
@@ -27,16 +30,23 @@ use crate::quant::BlockType;
 pub use value::{Array, Value, ValueType};
 pub use write::{OwnedValue, Writer};
 
-/// An open GGUF file.
+/// An open GGUF file, or several that hold one model.
 #[derive(Debug)]
 pub struct Gguf {
-    name: String,
-    bytes: Bytes,
+    /// The files, the first of which has the metadata.
+    parts: Vec<Part>,
     version: u32,
     alignment: u64,
     data_offset: u64,
     metadata: Vec<reader::Entry>,
     tensors: Vec<TensorInfo>,
+}
+
+/// One file.
+#[derive(Debug)]
+struct Part {
+    name: String,
+    bytes: Bytes,
 }
 
 /// Where a file's bytes live.
@@ -60,6 +70,8 @@ impl Bytes {
 /// What the header says of one tensor, with the range of its bytes already checked.
 #[derive(Debug, Clone)]
 pub struct TensorInfo {
+    /// The file that has it, by number.
+    part: usize,
     name: Range<usize>,
     dims: [u64; 4],
     rank: u8,
@@ -104,12 +116,23 @@ impl<'a> Tensor<'a> {
 }
 
 impl Gguf {
-    /// Opens a file and checks its header.
+    /// Opens a file and checks its header. Of a model in several files the first is to be given
+    /// (`NAME-00001-of-00003.gguf`); the others are looked for beside it.
     ///
     /// # Errors
-    /// The file cannot be read, is not GGUF, or its header does not hold together.
+    /// The file cannot be read, is not GGUF, or its header does not hold together; another part of
+    /// the model is missing or does not belong to it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        let first = Self::open_one(path)?;
+        match split::Place::of(&first)? {
+            None => Ok(first),
+            Some(place) => split::join(first, &place, path),
+        }
+    }
+
+    /// Opens one file.
+    fn open_one(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         let io = |source| Error::io(name.clone(), source);
         // Asked first: opening a FIFO would wait for a writer.
@@ -137,7 +160,7 @@ impl Gguf {
     /// # Errors
     /// As [`Gguf::open`].
     pub fn from_static(name: impl Into<String>, bytes: &'static [u8]) -> Result<Self> {
-        Self::parse(name.into(), Bytes::Static(bytes))
+        Self::parse(name.into(), Bytes::Static(bytes))?.whole()
     }
 
     /// Reads a file that is in memory.
@@ -145,14 +168,24 @@ impl Gguf {
     /// # Errors
     /// As [`Gguf::open`].
     pub fn from_vec(name: impl Into<String>, bytes: Vec<u8>) -> Result<Self> {
-        Self::parse(name.into(), Bytes::Owned(bytes))
+        Self::parse(name.into(), Bytes::Owned(bytes))?.whole()
+    }
+
+    /// Refuses what is only a part of a model: in memory there is nowhere to look for the others.
+    fn whole(self) -> Result<Self> {
+        match split::Place::of(&self)? {
+            None => Ok(self),
+            Some(place) => Err(Error::unsupported(
+                self.name(),
+                format!("is one of the {} parts of a model; open it by its path", place.count),
+            )),
+        }
     }
 
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
         let header = reader::read_header(&name, bytes.as_slice())?;
         Ok(Gguf {
-            name,
-            bytes,
+            parts: vec![Part { name, bytes }],
             version: header.version,
             alignment: header.alignment,
             data_offset: header.data_offset,
@@ -161,9 +194,19 @@ impl Gguf {
         })
     }
 
+    /// The first file's bytes, which hold the metadata.
+    fn bytes(&self) -> &[u8] {
+        self.parts[0].bytes.as_slice()
+    }
+
     /// The path or name that the file was opened under.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.parts[0].name
+    }
+
+    /// How many files the model lies in.
+    pub fn parts(&self) -> usize {
+        self.parts.len()
     }
 
     /// GGUF version, 2 or 3.
@@ -181,20 +224,20 @@ impl Gguf {
         self.data_offset
     }
 
-    /// Size of the file in bytes.
+    /// Size of the file in bytes, or of all files together.
     pub fn file_len(&self) -> usize {
-        self.bytes.as_slice().len()
+        self.parts.iter().map(|part| part.bytes.as_slice().len()).sum()
     }
 
     /// Metadata in the file's order.
     pub fn metadata(&self) -> impl ExactSizeIterator<Item = (&str, Value<'_>)> {
-        let bytes = self.bytes.as_slice();
+        let bytes = self.bytes();
         self.metadata.iter().map(move |e| (e.key(bytes), e.value(bytes)))
     }
 
     /// The value of `key`, if the file has it.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
-        let bytes = self.bytes.as_slice();
+        let bytes = self.bytes();
         self.metadata.iter().find(|e| e.key(bytes) == key).map(|e| e.value(bytes))
     }
 
@@ -209,7 +252,7 @@ impl Gguf {
         match take(value) {
             Some(taken) => Ok(Some(taken)),
             None => Err(Error::format(
-                &self.name,
+                self.name(),
                 format!("metadata `{key}` is {value} ({found}); {wanted} is needed"),
             )),
         }
@@ -257,7 +300,7 @@ impl Gguf {
 
     /// The error for a key that must be there and is not.
     pub fn missing(&self, key: &str) -> Error {
-        Error::format(&self.name, format!("metadata `{key}` is missing"))
+        Error::format(self.name(), format!("metadata `{key}` is missing"))
     }
 
     /// Tensors in the file's order.
@@ -272,21 +315,29 @@ impl Gguf {
 
     /// The tensor called `name`, if the file has it.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
-        let bytes = self.bytes.as_slice();
-        let info = self.tensors.iter().find(|t| &bytes[t.name.clone()] == name.as_bytes())?;
-        Some(self.view(info))
+        self.index(name).map(|index| self.view(&self.tensors[index]))
+    }
+
+    /// The number of the tensor called `name`.
+    fn index(&self, name: &str) -> Option<usize> {
+        self.tensors.iter().position(|t| self.tensor_name(t) == name)
+    }
+
+    fn tensor_name(&self, info: &TensorInfo) -> &str {
+        let bytes = self.parts[info.part].bytes.as_slice();
+        // The reader has checked that names are UTF-8.
+        std::str::from_utf8(&bytes[info.name.clone()]).unwrap_or_default()
     }
 
     fn view(&self, info: &TensorInfo) -> Tensor<'_> {
-        let bytes = self.bytes.as_slice();
+        let Part { name, bytes } = &self.parts[info.part];
         Tensor {
-            file: &self.name,
-            // The reader has checked that names are UTF-8.
-            name: std::str::from_utf8(&bytes[info.name.clone()]).unwrap_or_default(),
+            file: name,
+            name: self.tensor_name(info),
             cols: info.dims[0] as usize,
             rows: info.dims[1..].iter().product::<u64>() as usize,
             block_type: info.block_type,
-            bytes: &bytes[info.data.clone()],
+            bytes: &bytes.as_slice()[info.data.clone()],
         }
     }
 
@@ -301,7 +352,7 @@ impl Gguf {
             hash.update(&(bytes.len() as u64).to_le_bytes());
             hash.update(bytes);
         };
-        let bytes = self.bytes.as_slice();
+        let bytes = self.bytes();
         let architecture = self.get_str("general.architecture").ok().flatten().unwrap_or_default();
         let matters = |key: &str| {
             let part = key.split('.').next().unwrap_or_default();
@@ -326,8 +377,13 @@ impl Gguf {
     /// backend has copied does not count twice in memory. Reading it again reads the file again.
     pub fn release(&self, tensor: &Tensor<'_>) {
         #[cfg(unix)]
-        if let Bytes::Map(map) = &self.bytes {
-            let start = tensor.bytes.as_ptr() as usize - map.as_ptr() as usize;
+        for part in &self.parts {
+            let Bytes::Map(map) = &part.bytes else { continue };
+            // (Tensors of other parts, and of other files, lie elsewhere.)
+            let start = (tensor.bytes.as_ptr() as usize).wrapping_sub(map.as_ptr() as usize);
+            if start >= map.len() {
+                continue;
+            }
             // SAFETY: the map is a private, read-only map of a file and is never written
             // through, so dropped pages come back from the file with the same bytes.
             let _ = unsafe {
@@ -353,9 +409,7 @@ pub struct SharedTensor {
 impl SharedTensor {
     /// The tensor called `name`, if `file` has it.
     pub fn find(file: &Arc<Gguf>, name: &str) -> Option<Self> {
-        let bytes = file.bytes.as_slice();
-        let index = file.tensors.iter().position(|t| &bytes[t.name.clone()] == name.as_bytes())?;
-        Some(SharedTensor { file: file.clone(), index })
+        file.index(name).map(|index| SharedTensor { file: file.clone(), index })
     }
 
     /// The tensor.

@@ -109,12 +109,6 @@ pub fn quantize(
 
 /// The types of all tensors, in the file's order.
 fn plan(file: &Gguf, options: &Options) -> Result<Vec<Stored>> {
-    if file.get_u64("split.count")?.is_some_and(|parts| parts > 1) {
-        return Err(Error::unsupported(
-            file.name(),
-            "is one part of a model in several files; join them first (llama.cpp's gguf-split --merge)",
-        ));
-    }
     let facts = facts(file)?;
     let mut stored = Vec::new();
     for (tensor, dims) in file.tensors().zip(file.dims()) {
@@ -170,8 +164,9 @@ fn facts(file: &Gguf) -> Result<ModelFacts> {
 fn header(file: &Gguf, recipe: Recipe, stored: &[Stored]) -> Writer {
     let mut writer = Writer::new();
     for (key, value) in file.metadata() {
-        // The writer has its own alignment: the default, which needs no entry.
-        if key != "general.alignment" {
+        // The writer has its own alignment: the default, which needs no entry. What it writes is
+        // one file.
+        if key != "general.alignment" && !key.starts_with("split.") {
             writer.set(key, OwnedValue::from(value));
         }
     }

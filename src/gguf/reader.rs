@@ -283,5 +283,5 @@ fn tensor_info(
     let size = (elements / len)
         .checked_mul(block_type.block_bytes() as u64)
         .ok_or_else(|| c.error(format_args!("{what} has the impossible shape {shape:?}")))?;
-    Ok((TensorInfo { name, dims, rank: rank as u8, block_type, data: 0..0 }, offset, size))
+    Ok((TensorInfo { part: 0, name, dims, rank: rank as u8, block_type, data: 0..0 }, offset, size))
 }
