@@ -103,11 +103,7 @@ impl Mapping {
             // SAFETY: the map is a private, read-only map of a file and is never written
             // through, so dropped pages come back from the file with the same bytes.
             let _ = unsafe {
-                self.0.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    start,
-                    part.len(),
-                )
+                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len())
             };
         }
         #[cfg(not(unix))]
