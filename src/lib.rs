@@ -29,6 +29,7 @@
 //! | [`error`] | the one error type | nothing |
 //! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
 //! | [`gguf`] | model files: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
+//! | [`convert`] | checkpoints in safetensors as model files | `error`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
 //! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `quant`, `gguf` |
 //! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures over a backend | `error`, `gguf`, `quant`, `backend` |
@@ -52,6 +53,7 @@ pub mod backend;
 pub mod bench;
 pub mod capi;
 pub mod cli;
+pub mod convert;
 pub mod decode;
 pub mod energy;
 pub mod error;

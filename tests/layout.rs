@@ -9,6 +9,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("quant", &[]),
     ("gguf", &["error", "quant"]),
+    ("convert", &["error", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
     ("backend", &["error", "quant", "gguf", "backend"]),
     ("model", &["error", "quant", "gguf", "backend", "model"]),

@@ -30,7 +30,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
 }
 
 fn print(file: &Gguf) -> Result<()> {
-    let parts = match file.parts() {
+    let parts = match file.files().len() {
         1 => String::new(),
         parts => format!(" in {parts} files"),
     };
@@ -86,7 +86,7 @@ fn to_json(file: &Gguf) -> Json {
         .collect();
     json!({
         "file": file.name(),
-        "files": file.parts(),
+        "files": file.files().len(),
         "version": file.version(),
         "bytes": file.file_len(),
         "alignment": file.alignment(),

@@ -4,6 +4,7 @@
 //! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
 
 mod bench;
+mod convert;
 mod cost_tables;
 mod devices;
 mod energy;
@@ -14,6 +15,7 @@ mod metering;
 mod perplexity;
 mod quantize;
 mod run;
+mod stored;
 mod tokenize;
 
 use std::io::{self, IsTerminal, Read, Write};
@@ -45,6 +47,7 @@ enum Command {
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Inspect(inspect::InspectArgs),
+    Convert(convert::ConvertArgs),
     Quantize(quantize::QuantizeArgs),
     Energy(Box<energy::EnergyArgs>),
     Devices(devices::DevicesArgs),
@@ -61,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Convert(args) => convert::convert(&args),
         Command::Quantize(args) => quantize::quantize(&args),
         Command::Energy(args) => energy::energy(&args),
         Command::Devices(args) => devices::devices(&args),

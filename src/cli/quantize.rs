@@ -1,19 +1,14 @@
 //! `mtad quantize`: stores a model's weights in other types.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::HumanBytes;
-use serde_json::json;
 
-use super::run::watch_for_interrupts;
-use super::{open_model, print_line, progress_bar};
-use crate::error::{Error, Result};
-use crate::gguf::quantize::{Options, Stored, quantize as write};
+use super::stored::{Report, with_progress};
+use super::{open_model, print_line};
+use crate::error::Result;
+use crate::gguf::quantize::{Options, quantize as write};
 use crate::quant::Recipe;
 
 /// Store a model's weights in other types
@@ -52,135 +47,21 @@ pub struct QuantizeArgs {
 
 pub(super) fn quantize(args: &QuantizeArgs) -> Result<()> {
     let file = open_model(&args.input)?;
-    let threads = args.threads.map_or_else(num_cpus::get_physical, usize::from);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|e| Error::invalid(format!("{threads} threads: {e}")))?;
-    let cancel = Arc::new(AtomicBool::new(false));
-    watch_for_interrupts(cancel.clone());
-    let bar = progress_bar("{bar:40} {bytes}/{total_bytes} {eta} {msg}");
     let options = Options { recipe: args.recipe, requantize: args.requantize };
     let start = Instant::now();
-    let mut progress = |tensor: &Stored, done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-        bar.set_message(tensor.name.clone());
-        !cancel.load(Ordering::Relaxed)
+    let stored =
+        with_progress(args.threads, |progress| write(&file, &args.output, &options, progress))?;
+    let report = Report {
+        input: &args.input,
+        output: &args.output,
+        recipe: args.recipe,
+        stored: &stored,
+        input_bytes: file.file_len() as u64,
+        seconds: start.elapsed().as_secs_f64(),
     };
-    let stored = pool.install(|| write(&file, &args.output, &options, &mut progress))?;
-    bar.finish_and_clear();
-    for tensor in stored.iter().filter(|tensor| tensor.now != tensor.wanted) {
-        eprintln!(
-            "mtad: {}: its rows are no whole blocks of {}; stored as {}",
-            tensor.name, tensor.wanted, tensor.now
-        );
-    }
-    let out_len = std::fs::metadata(&args.output).map_or(0, |meta| meta.len());
-    let report = Report { stored, file_len: file.file_len() as u64, out_len };
-    let seconds = start.elapsed().as_secs_f64();
+    report.print_fallbacks();
     match args.json {
-        true => print_line(report.json(args, seconds)),
-        false => report.print(args, seconds),
-    }
-}
-
-struct Report {
-    stored: Vec<Stored>,
-    file_len: u64,
-    out_len: u64,
-}
-
-/// Tensors of one type.
-#[derive(Default)]
-struct Sum {
-    tensors: usize,
-    elements: u64,
-    bytes: u64,
-    squared_error: f64,
-    squares: f64,
-}
-
-impl Sum {
-    fn add(&mut self, tensor: &Stored) {
-        self.tensors += 1;
-        self.elements += tensor.elements;
-        self.bytes += tensor.bytes;
-        self.squared_error += tensor.squared_error;
-        self.squares += tensor.squares;
-    }
-
-    fn bits(&self) -> f64 {
-        8.0 * self.bytes as f64 / self.elements.max(1) as f64
-    }
-
-    /// Squared error by squares of what was rounded.
-    fn nmse(&self) -> Option<f64> {
-        (self.squares > 0.0).then(|| self.squared_error / self.squares)
-    }
-}
-
-impl Report {
-    fn sums(&self) -> (Sum, BTreeMap<&'static str, Sum>) {
-        let (mut all, mut by_type) = (Sum::default(), BTreeMap::<_, Sum>::new());
-        for tensor in &self.stored {
-            all.add(tensor);
-            by_type.entry(tensor.now.name()).or_default().add(tensor);
-        }
-        (all, by_type)
-    }
-
-    fn json(&self, args: &QuantizeArgs, seconds: f64) -> serde_json::Value {
-        let (all, by_type) = self.sums();
-        let types = by_type.iter().map(|(name, sum)| {
-            json!({
-                "type": name,
-                "tensors": sum.tensors,
-                "elements": sum.elements,
-                "bytes": sum.bytes,
-                "nmse": sum.nmse(),
-            })
-        });
-        let changed = self.stored.iter().filter(|tensor| tensor.now != tensor.wanted);
-        let fallbacks = changed.map(|tensor| {
-            json!({
-                "tensor": tensor.name,
-                "wanted": tensor.wanted.name(),
-                "used": tensor.now.name(),
-            })
-        });
-        json!({
-            "input": args.input.display().to_string(),
-            "output": args.output.display().to_string(),
-            "type": args.recipe.name(),
-            "file_type": args.recipe.file_type(),
-            "input_bytes": self.file_len,
-            "output_bytes": self.out_len,
-            "bits_per_weight": all.bits(),
-            "nmse": all.nmse(),
-            "types": types.collect::<Vec<_>>(),
-            "fallbacks": fallbacks.collect::<Vec<_>>(),
-            "seconds": seconds,
-        })
-    }
-
-    fn print(&self, args: &QuantizeArgs, seconds: f64) -> Result<()> {
-        let (all, by_type) = self.sums();
-        print_line(format_args!(
-            "{}: {} -> {}, {:.2} bits per weight, in {seconds:.1} s",
-            args.output.display(),
-            HumanBytes(self.file_len),
-            HumanBytes(self.out_len),
-            all.bits()
-        ))?;
-        print_line("  type    tensors          size   error")?;
-        for (name, sum) in by_type {
-            let size = HumanBytes(sum.bytes).to_string();
-            // Like the noise of a signal: root of mean squared error by mean square.
-            let error = match sum.nmse() {
-                Some(nmse) => format!("{:.3}%", 100.0 * nmse.sqrt()),
-                None => "copied".to_owned(),
-            };
-            print_line(format_args!("  {name:7} {:7} {size:>13} {error:>7}", sum.tensors))?;
-        }
-        Ok(())
+        true => print_line(report.json()),
+        false => report.print(),
     }
 }

@@ -14,6 +14,7 @@
 pub mod quantize;
 mod reader;
 mod split;
+pub(crate) mod store;
 mod value;
 mod write;
 
@@ -52,7 +53,7 @@ struct Part {
 /// Where a file's bytes live.
 #[derive(Debug)]
 enum Bytes {
-    Map(memmap2::Mmap),
+    Map(Mapping),
     Static(&'static [u8]),
     Owned(Vec<u8>),
 }
@@ -60,10 +61,63 @@ enum Bytes {
 impl Bytes {
     fn as_slice(&self) -> &[u8] {
         match self {
-            Bytes::Map(map) => map,
+            Bytes::Map(map) => map.bytes(),
             Bytes::Static(bytes) => bytes,
             Bytes::Owned(bytes) => bytes,
         }
+    }
+}
+
+/// A file's bytes by memory map: pages are read when they are looked at.
+#[derive(Debug)]
+pub(crate) struct Mapping(memmap2::Mmap);
+
+impl Mapping {
+    /// Maps a file, read-only. `wanted` says what kind of file it should be, for messages.
+    pub(crate) fn open(path: &Path, wanted: &str) -> Result<Self> {
+        let name = path.display().to_string();
+        let io = |source| Error::io(name.clone(), source);
+        // Asked first: opening a FIFO would wait for a writer.
+        let meta = fs::metadata(path).map_err(io)?;
+        let found = match () {
+            () if meta.is_dir() => "a directory",
+            () if !meta.is_file() => "not a regular file",
+            () if meta.len() == 0 => "empty",
+            () => {
+                let file = fs::File::open(path).map_err(io)?;
+                // SAFETY: the map is read-only. Another process that writes to or truncates the
+                // file while it is in use can change weights or raise SIGBUS, as for every program
+                // that maps its input; nothing read through the map is relied on for memory
+                // safety after its bounds were checked against the map's own length.
+                return unsafe { memmap2::Mmap::map(&file) }.map(Mapping).map_err(io);
+            }
+        };
+        Err(Error::format(name, format!("is {found}; {wanted} is needed")))
+    }
+
+    /// All of them.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Says that the pages of `part` are not needed soon; what is no part of the map is ignored.
+    pub(crate) fn release(&self, part: &[u8]) {
+        #[cfg(unix)]
+        {
+            let Some(start) = (part.as_ptr() as usize).checked_sub(self.0.as_ptr() as usize) else {
+                return;
+            };
+            if start + part.len() > self.0.len() {
+                return;
+            }
+            // SAFETY: the map is a private, read-only map of a file and is never written
+            // through, so dropped pages come back from the file with the same bytes.
+            let _ = unsafe {
+                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = part;
     }
 }
 
@@ -133,26 +187,8 @@ impl Gguf {
 
     /// Opens one file.
     fn open_one(path: &Path) -> Result<Self> {
-        let name = path.display().to_string();
-        let io = |source| Error::io(name.clone(), source);
-        // Asked first: opening a FIFO would wait for a writer.
-        let meta = fs::metadata(path).map_err(io)?;
-        if meta.is_dir() {
-            return Err(Error::format(name, "is a directory; a GGUF file is needed"));
-        }
-        if !meta.is_file() {
-            return Err(Error::format(name, "is not a regular file; a GGUF file is needed"));
-        }
-        if meta.len() == 0 {
-            return Err(Error::format(name, "is empty; a GGUF file is needed"));
-        }
-        let file = fs::File::open(path).map_err(io)?;
-        // SAFETY: the map is read-only. Another process that writes to or truncates the file
-        // while it is in use can change weights or raise SIGBUS, as for every program that maps
-        // its input; nothing read through the map is relied on for memory safety after its
-        // bounds were checked against the map's own length.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        Self::parse(name, Bytes::Map(map))
+        let map = Mapping::open(path, "a GGUF file")?;
+        Self::parse(path.display().to_string(), Bytes::Map(map))
     }
 
     /// Reads a file that is part of the program.
@@ -204,9 +240,9 @@ impl Gguf {
         &self.parts[0].name
     }
 
-    /// How many files the model lies in.
-    pub fn parts(&self) -> usize {
-        self.parts.len()
+    /// The names of the files that the model lies in: one, unless it is split.
+    pub fn files(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.parts.iter().map(|part| part.name.as_str())
     }
 
     /// GGUF version, 2 or 3.
@@ -376,26 +412,16 @@ impl Gguf {
     /// Tells the system that a tensor's mapped pages are not needed soon, so that a weight that a
     /// backend has copied does not count twice in memory. Reading it again reads the file again.
     pub fn release(&self, tensor: &Tensor<'_>) {
-        #[cfg(unix)]
+        self.release_bytes(tensor.bytes);
+    }
+
+    /// The same for a part of a file's bytes.
+    pub(crate) fn release_bytes(&self, bytes: &[u8]) {
         for part in &self.parts {
-            let Bytes::Map(map) = &part.bytes else { continue };
-            // (Tensors of other parts, and of other files, lie elsewhere.)
-            let start = (tensor.bytes.as_ptr() as usize).wrapping_sub(map.as_ptr() as usize);
-            if start >= map.len() {
-                continue;
+            if let Bytes::Map(map) = &part.bytes {
+                map.release(bytes);
             }
-            // SAFETY: the map is a private, read-only map of a file and is never written
-            // through, so dropped pages come back from the file with the same bytes.
-            let _ = unsafe {
-                map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    start,
-                    tensor.bytes.len(),
-                )
-            };
         }
-        #[cfg(not(unix))]
-        let _ = tensor;
     }
 }
 

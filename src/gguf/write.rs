@@ -56,6 +56,18 @@ impl From<f32> for OwnedValue {
     }
 }
 
+impl From<bool> for OwnedValue {
+    fn from(x: bool) -> Self {
+        OwnedValue::Bool(x)
+    }
+}
+
+impl From<String> for OwnedValue {
+    fn from(text: String) -> Self {
+        OwnedValue::String(text)
+    }
+}
+
 /// A copy, bit for bit.
 impl From<Value<'_>> for OwnedValue {
     fn from(value: Value<'_>) -> Self {

@@ -99,6 +99,16 @@ impl Recipe {
         TABLE.iter().copied()
     }
 
+    /// The recipe that stores all matrices as floating-point numbers of a type.
+    ///
+    /// # Panics
+    /// If the type is no [`BlockType::is_float`].
+    pub fn of_type(float: BlockType) -> Self {
+        assert!(float.is_float(), "{float} is no type of floating-point numbers");
+        let found = Self::all().find(|recipe| recipe.base == float);
+        found.expect("the table has every such type")
+    }
+
     /// Its name, such as `Q4_K_M`.
     pub fn name(&self) -> &'static str {
         self.name

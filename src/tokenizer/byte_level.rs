@@ -70,6 +70,12 @@ const LLAMA3: &str = concat!(
     r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 );
 
+/// Qwen2's words, which are Llama 3's but for digits: each is a word.
+const QWEN2: &str = concat!(
+    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]",
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+);
+
 /// How text is cut into words before merging (`tokenizer.ggml.pre`).
 #[derive(Debug)]
 struct PreTokenizer {
@@ -120,11 +126,14 @@ impl PreTokenizer {
             Some("llama-bpe" | "llama3" | "llama-v3") => {
                 Ok((PreTokenizer { words: words(LLAMA3, true)?, default: None }, true))
             }
+            Some("qwen2") => {
+                Ok((PreTokenizer { words: words(QWEN2, true)?, default: None }, false))
+            }
             Some(other) => Err(Error::unsupported(
                 gguf.name(),
                 format!(
                     "pre-tokenizer {other:?} (`tokenizer.ggml.pre`) is not supported; \
-                     `default`, `llama-bpe` (`llama3`, `llama-v3`) and `gpt-2` are"
+                     `default`, `llama-bpe` (`llama3`, `llama-v3`), `qwen2` and `gpt-2` are"
                 ),
             )),
         }
@@ -297,12 +306,16 @@ mod tests {
 
     #[test]
     fn spaces_go_to_the_word_behind_them() {
-        let [gpt2, llama3] = ["gpt-2", "llama-bpe"].map(pre_tokenizer);
+        let [gpt2, llama3, qwen2] = ["gpt-2", "llama-bpe", "qwen2"].map(pre_tokenizer);
         let text = "I'll  go\n\n now,\t\t12345   ";
         let words = ["I", "'ll", " ", " go", "\n\n", " now", ",", "\t", "\t", "12345", "   "];
         assert_eq!(split(&gpt2, text), words);
         let words = ["I", "'ll", " ", " go", "\n\n", " now", ",", "\t", "\t", "123", "45", "   "];
         assert_eq!(split(&llama3, text), words);
+        let words = [
+            "I", "'ll", " ", " go", "\n\n", " now", ",", "\t", "\t", "1", "2", "3", "4", "5", "   ",
+        ];
+        assert_eq!(split(&qwen2, text), words);
         assert_eq!(split(&gpt2, "\n\nx"), ["\n", "\n", "x"]);
         assert_eq!(split(&llama3, "\n\nx"), ["\n\n", "x"]);
         assert_eq!(split(&llama3, " \n  x!\n\ny'S"), [" \n", " ", " x", "!\n\n", "y", "'S"]);
@@ -335,14 +348,22 @@ mod tests {
             r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|",
             r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         );
+        const QWEN2: &str = concat!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        );
         const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"];
         const BITS: [&str; 30] = [
             " ", "  ", "   ", "\t", "\n", "\r\n", "\u{a0}", "\u{2003}", "a", "Wörter", "かな",
             "'s", "'", "'LL", "1", "23", "4567", "½", "٣", "!", "...", "+=", "$", "_", "🦙",
             "\u{301}", "ª", "`", "^", "x",
         ];
-        let published: [(&str, &[&str]); 3] =
-            [("gpt-2", &[GPT2]), ("llama-bpe", &[LLAMA3]), ("default", &DEFAULT)];
+        let published: [(&str, &[&str]); 4] = [
+            ("gpt-2", &[GPT2]),
+            ("llama-bpe", &[LLAMA3]),
+            ("qwen2", &[QWEN2]),
+            ("default", &DEFAULT),
+        ];
         for (name, patterns) in published {
             let pre = pre_tokenizer(name);
             let patterns: Vec<_> = patterns.iter().map(|p| SysRegex::new(p).unwrap()).collect();

@@ -64,7 +64,13 @@ impl Tokenizer {
     /// by name; [`Error::Format`] for a vocabulary that does not hold together.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         const KEY: &str = "tokenizer.ggml.model";
-        let name = gguf.get_str(KEY)?.ok_or_else(|| gguf.missing(KEY))?;
+        let name = gguf.get_str(KEY)?.ok_or_else(|| {
+            let what = format!(
+                "has no tokenizer (metadata `{KEY}` is missing), so it can be given token ids but \
+                 no text; a file with the vocabulary is needed"
+            );
+            Error::format(gguf.name(), what)
+        })?;
         let family = match name {
             "llama" => Family::SentencePiece,
             "gpt2" => Family::ByteLevel,

@@ -1,0 +1,291 @@
+//! A checkpoint's tokenizer as GGUF metadata.
+//!
+//! The vocabulary comes from `tokenizer.model` (SentencePiece), or else `tokenizer.json`, or else
+//! `vocab.json` with `merges.txt`; special tokens, their roles and the chat template from the
+//! small files beside them. Types, scores and padding are chosen as llama.cpp's converter does.
+
+mod byte_pairs;
+mod json;
+mod sentencepiece;
+mod special;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::json::Object;
+use crate::error::{Error, Result};
+use crate::gguf::OwnedValue;
+
+use special::Special;
+
+/// The score of tokens that are not found by merging.
+const NO_SCORE: f32 = -1000.0;
+
+/// What a token is for, with the number that GGUF gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+enum Kind {
+    Normal = 1,
+    Unknown = 2,
+    Control = 3,
+    UserDefined = 4,
+    Unused = 5,
+    Byte = 6,
+}
+
+/// A token of the new file.
+#[derive(Debug, Clone, PartialEq)]
+struct Token {
+    text: String,
+    score: f32,
+    kind: Kind,
+}
+
+impl Token {
+    /// A place in the embedding that no token has.
+    fn padding(id: usize) -> Self {
+        Token { text: format!("[PAD{id}]"), score: NO_SCORE, kind: Kind::Unused }
+    }
+}
+
+/// How a vocabulary spells text.
+#[derive(Debug, Clone, PartialEq)]
+enum Family {
+    /// GGUF's `llama`.
+    SentencePiece {
+        /// Whether a text begins with a space of the tokenizer's own.
+        space_prefix: bool,
+    },
+    /// GGUF's `gpt2`.
+    ByteLevel {
+        /// GGUF's name for how text is cut into words.
+        pre: &'static str,
+        /// Two tokens each, with a space between them, in the order of training.
+        merges: Vec<String>,
+    },
+}
+
+/// A vocabulary as a file of the checkpoint states it.
+#[derive(Debug)]
+struct Vocabulary {
+    /// The file that it comes from.
+    file: String,
+    family: Family,
+    tokens: Vec<Token>,
+    /// Tokens that the file lists apart, which are taken whole.
+    added: Vec<Added>,
+    /// The ids with a role, where the file itself knows them.
+    roles: Roles,
+    begins: Begins,
+    /// What a person should know.
+    notes: Vec<String>,
+}
+
+/// What a file says of how texts begin.
+#[derive(Debug)]
+enum Begins {
+    /// Nothing.
+    Unsaid,
+    /// With their first character.
+    Plain,
+    /// With this token.
+    With(String),
+}
+
+/// A token that is taken whole wherever its text occurs.
+#[derive(Debug, Clone)]
+struct Added {
+    id: u64,
+    text: String,
+    /// Steers the model and is no text.
+    control: bool,
+}
+
+impl Added {
+    /// Names such as `<|fim_prefix|>` steer the model whatever a file says of them, as llama.cpp's
+    /// converter knows.
+    fn new(id: u64, text: &str, special: bool) -> Self {
+        let control = special || (text.starts_with("<|") && text.ends_with("|>"));
+        Added { id, text: text.to_owned(), control }
+    }
+}
+
+/// Ids with a role.
+#[derive(Debug, Clone, Copy, Default)]
+struct Roles {
+    bos: Option<u32>,
+    eos: Option<u32>,
+    unk: Option<u32>,
+    pad: Option<u32>,
+}
+
+/// What the model says that a vocabulary has to fit.
+pub(super) struct Model<'a> {
+    /// GGUF's name of the architecture.
+    pub architecture: &'a str,
+    /// Rows of the embedding.
+    pub vocab_size: u64,
+    pub config: &'a Object,
+    pub generation: Option<&'a Object>,
+}
+
+/// The metadata of a tokenizer.
+#[derive(Debug)]
+pub(super) struct Tokenizer {
+    pub metadata: Vec<(String, OwnedValue)>,
+    /// GGUF's name of it: `llama` or `gpt2`.
+    pub model: &'static str,
+    /// Tokens that are no padding.
+    pub tokens: usize,
+    /// The file that the vocabulary comes from.
+    pub file: String,
+    /// What a person should know.
+    pub notes: Vec<String>,
+}
+
+/// Reads the folder's tokenizer; `None` if it has none.
+pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>> {
+    let config = Object::read(&folder.join("tokenizer_config.json"))?;
+    let Some(mut vocabulary) = vocabulary(folder, model, config.as_ref())? else {
+        return Ok(None);
+    };
+    let special = Special::read(folder, config, model)?;
+    let known = vocabulary.tokens.len();
+    if known as u64 > model.vocab_size {
+        return Err(Error::format(
+            &vocabulary.file,
+            format!(
+                "has {known} tokens, but the model's embedding has {} rows (`vocab_size` in \
+                 config.json); this is another model's tokenizer",
+                model.vocab_size
+            ),
+        ));
+    }
+    // What several files say of a token, the last one counts.
+    let added: BTreeMap<u64, Added> = std::mem::take(&mut vocabulary.added)
+        .into_iter()
+        .chain(special.added.iter().cloned())
+        .map(|added| (added.id, added))
+        .collect();
+    let tokens = &mut vocabulary.tokens;
+    let is_free: Vec<bool> = (0..model.vocab_size as usize)
+        .map(|id| tokens.get(id).is_none_or(|token| token.kind == Kind::Unused))
+        .collect();
+    tokens.extend((known..model.vocab_size as usize).map(Token::padding));
+    for Added { id, text, control } in added.into_values() {
+        let Some(token) = usize::try_from(id).ok().and_then(|id| tokens.get_mut(id)) else {
+            vocabulary.notes.push(format!(
+                "token {id}, {text:?}, is left out: the model's embedding has {} rows",
+                model.vocab_size
+            ));
+            continue;
+        };
+        let is_same = token.text == text;
+        if !is_same && !is_free[id as usize] {
+            vocabulary.notes.push(format!("token {id}, {:?}, becomes {text:?}", token.text));
+        }
+        let kind = match (control, token.kind) {
+            (_, Kind::Unknown) if is_same => Kind::Unknown,
+            (true, _) => Kind::Control,
+            (false, _) => Kind::UserDefined,
+        };
+        let score = if is_same { token.score } else { NO_SCORE };
+        *token = Token { text, score, kind };
+    }
+    special.name_controls(tokens);
+
+    let roles = special.roles(tokens, vocabulary.roles, &mut vocabulary.notes);
+    for id in [roles.ids.bos, roles.ids.eos, roles.ids.pad].into_iter().flatten() {
+        let kind = &mut tokens[id as usize].kind;
+        if matches!(kind, Kind::Normal | Kind::UserDefined | Kind::Unused) {
+            *kind = Kind::Control;
+        }
+    }
+    if let Some(id) = roles.ids.unk
+        && ![roles.ids.bos, roles.ids.eos, roles.ids.pad].contains(&Some(id))
+    {
+        tokens[id as usize].kind = Kind::Unknown;
+    }
+    let add_bos = special.add_bos()?.unwrap_or(match (&vocabulary.begins, &vocabulary.family) {
+        // OPT's texts begin with </s>, whatever wrote the files.
+        _ if model.architecture == "opt" => true,
+        (Begins::With(text), _) => {
+            roles.ids.bos.is_some_and(|id| tokens[id as usize].text == *text)
+        }
+        (Begins::Plain, _) => false,
+        (Begins::Unsaid, family) => matches!(family, Family::SentencePiece { .. }),
+    });
+
+    let mut metadata = Vec::new();
+    let mut set = |key: &str, value: OwnedValue| {
+        metadata.push((format!("tokenizer.{key}"), value));
+    };
+    let (name, pre) = match &vocabulary.family {
+        Family::SentencePiece { .. } => ("llama", "default"),
+        Family::ByteLevel { pre, .. } => ("gpt2", *pre),
+    };
+    set("ggml.model", name.into());
+    set("ggml.pre", pre.into());
+    let count = tokens.iter().filter(|token| token.kind != Kind::Unused).count();
+    let texts = tokens.iter().map(|token| token.text.clone()).collect();
+    set("ggml.tokens", OwnedValue::Strings(texts));
+    if let Family::SentencePiece { .. } = vocabulary.family {
+        let scores = tokens.iter().map(|token| token.score).collect();
+        set("ggml.scores", OwnedValue::F32s(scores));
+    }
+    let kinds = tokens.iter().map(|token| token.kind as i32).collect();
+    set("ggml.token_type", OwnedValue::I32s(kinds));
+    let space_prefix = match vocabulary.family {
+        Family::SentencePiece { space_prefix } => {
+            Some(special.space_prefix()?.unwrap_or(space_prefix))
+        }
+        Family::ByteLevel { merges, .. } => {
+            set("ggml.merges", OwnedValue::Strings(merges));
+            None
+        }
+    };
+    for (key, id) in [
+        ("bos", roles.ids.bos),
+        ("eos", roles.ids.eos),
+        ("eot", roles.eot),
+        ("eom", roles.eom),
+        ("unknown", roles.ids.unk),
+        ("padding", roles.ids.pad),
+    ] {
+        if let Some(id) = id {
+            set(&format!("ggml.{key}_token_id"), id.into());
+        }
+    }
+    set("ggml.add_bos_token", add_bos.into());
+    if let Some(add_eos) = special.add_eos()? {
+        set("ggml.add_eos_token", add_eos.into());
+    }
+    if let Some(space_prefix) = space_prefix {
+        set("ggml.add_space_prefix", space_prefix.into());
+    }
+    for (key, template) in special.chat_templates(folder)? {
+        set(&key, template);
+    }
+    Ok(Some(Tokenizer {
+        metadata,
+        model: name,
+        tokens: count,
+        file: vocabulary.file,
+        notes: vocabulary.notes,
+    }))
+}
+
+/// The vocabulary from the first file that has one.
+fn vocabulary(
+    folder: &Path,
+    model: &Model<'_>,
+    config: Option<&Object>,
+) -> Result<Option<Vocabulary>> {
+    if let Some(vocabulary) = sentencepiece::read(&folder.join("tokenizer.model"))? {
+        return Ok(Some(vocabulary));
+    }
+    if let Some(vocabulary) = json::read(&folder.join("tokenizer.json"), model.vocab_size)? {
+        return Ok(Some(vocabulary));
+    }
+    byte_pairs::read(folder, model, config)
+}
