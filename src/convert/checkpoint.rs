@@ -79,14 +79,14 @@ impl Checkpoint {
             by_shard.entry(name).or_default().push(tensor);
         }
         if by_shard.is_empty() {
-            return Err(map.wrong("", "the name of at least one file"));
+            return Err(index.wrong("weight_map", "the file of at least one tensor"));
         }
         for (shard, tensors) in by_shard {
             let path = folder.join(shard);
             if !path.exists() {
                 let what = format!(
-                    "names the file `{shard}` for `{}`{}, which is not there; the download is not \
-                     complete",
+                    "names the file `{shard}` for `{}`{}, which is not there; it has to lie beside \
+                     this one (was the download cut off?)",
                     tensors[0],
                     match tensors.len() {
                         1 => String::new(),

@@ -76,14 +76,8 @@ impl Object {
 
     /// The error for a value that will not do.
     pub fn wrong(&self, key: &str, wanted: &str) -> Error {
-        let key = format!("{}{key}", self.prefix);
-        Error::format(
-            &self.file,
-            match self.map.get(key.rsplit('.').next().unwrap_or(&key)) {
-                Some(value) => format!("`{key}` is {}; {wanted} is needed", shown(value)),
-                None => format!("`{key}` is missing; {wanted} is needed"),
-            },
-        )
+        let value = self.map.get(key).map_or("missing".to_owned(), shown);
+        Error::format(&self.file, format!("`{}{key}` is {value}; {wanted} is needed", self.prefix))
     }
 
     /// The error for a value that is understood and not supported.

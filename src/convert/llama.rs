@@ -143,8 +143,8 @@ fn sliding_window(member: Member, config: &Object, layers: u64) -> Result<Option
                 n if n == layers => window(4096),
                 n => {
                     let what = format!(
-                        "a window that {n} of {layers} layers have cannot be converted; one for all or for none \
-                         can (`max_window_layers`, `layer_types`)"
+                        "{n} of {layers} layers have a window (`max_window_layers`, `layer_types`), \
+                         and models where all or none have one are converted"
                     );
                     Err(config.unsupported("use_sliding_window", &what))
                 }

@@ -13,7 +13,7 @@ mod plan;
 mod rope;
 mod tokenizer;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::gguf::Writer;
@@ -79,7 +79,8 @@ pub struct Converted {
 ///
 /// # Errors
 /// The folder lacks a file, or one does not hold together; the model is of a kind that is not
-/// converted; a weight is no number or does not fit its new type; `out` cannot be written;
+/// converted; a weight that is rounded is no number or does not fit its new type; `out` is one of
+/// the folder's files or cannot be written;
 /// [`Error::Cancelled`]. Then `out` is as it was.
 pub fn convert(
     folder: &Path,
@@ -135,7 +136,6 @@ pub fn convert(
         writer.set(&key, value);
     }
     let tokens = tokenizer.as_ref().map(|tokenizer| (tokenizer.model, tokenizer.tokens));
-    let inputs = tokenizer.as_ref().map(|tokenizer| tokenizer.file.clone());
     for (key, value) in tokenizer.into_iter().flat_map(|tokenizer| tokenizer.metadata) {
         writer.set(&key, value);
     }
@@ -157,9 +157,8 @@ pub fn convert(
             }
         }
     }
-    let config_path = Path::new(config.file());
-    let inputs = inputs.iter().map(Path::new).chain([config_path]).chain(checkpoint.paths());
-    let part = Part::beside(out, inputs)?;
+    let files = files(folder)?;
+    let part = Part::beside(out, files.iter().map(PathBuf::as_path).chain(checkpoint.paths()))?;
     let release = |bytes: &[u8]| checkpoint.release(bytes);
     store::write(part, &writer, &mut stored, &sources, &release, progress)?;
     let input_bytes = checkpoint.len();
@@ -191,7 +190,9 @@ fn architecture(config: &Object) -> Result<(&'static str, &'static str, &'static
         format!("{} are converted", names.join(", "))
     };
     let names = config.array(KEY)?.unwrap_or_default();
-    let [name] = names else { return Err(config.wrong(KEY, "a list of one name")) };
+    let [name] = names else {
+        return Err(config.wrong(KEY, &format!("a list of one name ({})", converted())));
+    };
     let found = ARCHITECTURES.iter().find(|(known, ..)| name == known);
     let found = found.ok_or_else(|| config.unsupported(KEY, &converted()))?;
     match config.str("model_type")? {
@@ -213,6 +214,20 @@ fn choose(recipe: Recipe, name: &str, dims: &[u64], main: BlockType, facts: &Mod
         _ if recipe.base().is_float() => of(recipe.base()),
         _ => of(sixteen_bits(main)),
     }
+}
+
+/// The folder's files, none of which the new one may replace: but for GGUF files, all belong to
+/// the checkpoint.
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let io = |error| Error::io(folder.display().to_string(), error);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        if path.extension().is_none_or(|extension| extension != "gguf") {
+            files.push(path);
+        }
+    }
+    Ok(files)
 }
 
 /// The model's name: its folder's.

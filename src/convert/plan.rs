@@ -21,7 +21,10 @@ pub(super) enum Planned<'a> {
     Made { name: String, values: Vec<f32> },
 }
 
-/// What the new file will hold.
+/// What the new file holds: metadata, and tensors in their order.
+pub(super) type Contents<'a> = (Vec<(String, OwnedValue)>, Vec<Planned<'a>>);
+
+/// The new file as it is put together.
 pub(super) struct Plan<'a> {
     checkpoint: &'a Checkpoint,
     architecture: &'static str,
@@ -110,14 +113,11 @@ impl<'a> Plan<'a> {
     ) -> Result<()> {
         let stored: Vec<u64> = [&[shape[0] + skipped], &shape[1..]].concat();
         let Some((name, view)) = self.find(from) else {
-            return Err(Error::format(
-                self.checkpoint.name(),
-                format!(
-                    "tensor `{}{from}` is missing (config.json asks for {})",
-                    self.prefixes[0],
-                    dimensions(&stored)
-                ),
-            ));
+            // The head of the logits stands beside the model, not in it.
+            let prefix = if from.starts_with("lm_head.") { "" } else { self.prefixes[0] };
+            let asked = dimensions(&stored);
+            let what = format!("tensor `{prefix}{from}` is missing (config.json asks for {asked})");
+            return Err(Error::format(self.checkpoint.name(), what));
         };
         if !view.shape.iter().map(|&n| n as u64).eq(stored.iter().copied()) {
             let found: Vec<u64> = view.shape.iter().map(|&n| n as u64).collect();
@@ -171,7 +171,7 @@ impl<'a> Plan<'a> {
     /// # Errors
     /// [`Error::Unsupported`] naming the first that has none: it would be left out of the
     /// model's arithmetic without a word.
-    pub fn finish(self) -> Result<(Vec<(String, OwnedValue)>, Vec<Planned<'a>>)> {
+    pub fn finish(self) -> Result<Contents<'a>> {
         // Tables that old checkpoints stored and that follow from config.json, and the version of
         // the training code.
         let harmless = |name: &str| {

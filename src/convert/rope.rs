@@ -8,17 +8,16 @@ use crate::error::Result;
 ///
 /// Checkpoints say it in `rope_theta` and `rope_scaling`, newer ones in `rope_parameters`.
 pub(super) fn rope(config: &Object, head_dim: u64, plan: &mut Plan<'_>) -> Result<()> {
-    let scaling = match (config.object("rope_parameters")?, config.object("rope_scaling")?) {
-        (Some(parameters), None) => Some(parameters),
-        // Both: newer programs write the old form for older ones.
-        (_, scaling) => scaling,
-    };
-    let theta = match &scaling {
-        Some(scaling) => scaling.positive("rope_theta")?,
-        None => None,
-    };
+    let parameters = config.object("rope_parameters")?;
+    let old = config.object("rope_scaling")?;
+    let mut theta = None;
+    for object in [parameters.as_ref(), old.as_ref(), Some(config)].into_iter().flatten() {
+        theta = theta.or(object.positive("rope_theta")?);
+    }
     // What checkpoints from before the key mean.
-    let theta = theta.or(config.positive("rope_theta")?).unwrap_or(10_000.0);
+    let theta = theta.unwrap_or(10_000.0);
+    // Where there are both, the old form was written for older programs and says the same.
+    let scaling = parameters.or(old);
     plan.set_size("rope.dimension_count", head_dim);
     plan.set("rope.freq_base", theta as f32);
 

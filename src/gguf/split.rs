@@ -23,7 +23,10 @@ impl Place {
         let count = file.get_u64("split.count")?.unwrap_or(1);
         let number = file.get_u64("split.no")?.unwrap_or(0);
         if count > MAX_PARTS || number >= count.max(1) {
-            let what = format!("claims to be part {number} (from 0 on) of {count}");
+            let what = format!(
+                "claims to be part {number} (counted from 0) of {count} (`split.no`, \
+                 `split.count`), which no part can be; it is damaged"
+            );
             return Err(Error::format(file.name(), what));
         }
         Ok((count > 1).then_some(Place { number, count }))
@@ -47,7 +50,8 @@ pub(super) fn join(mut first: Gguf, place: &Place, path: &Path) -> Result<Gguf> 
             first.name(),
             format!(
                 "is part {number} of {count} of a model and its name does not end in \
-                 `-{number:05}-of-{count:05}.gguf`, so the other parts cannot be found"
+                 `-{number:05}-of-{count:05}.gguf`, so the other parts cannot be found; give all \
+                 of them the names that they came with"
             ),
         ));
     };
@@ -61,17 +65,29 @@ pub(super) fn join(mut first: Gguf, place: &Place, path: &Path) -> Result<Gguf> 
     for (number, path) in (0..).zip(&paths).skip(1) {
         let part = match Gguf::open_one(path) {
             Err(Error::Io { path: missing, source }) => {
-                let what = format!("its part {missing} cannot be read: {source}");
+                let what = format!(
+                    "its part {missing} cannot be read ({source}); all {count} have to lie in one \
+                     folder"
+                );
                 return Err(Error::format(first.name(), what));
             }
             opened => opened?,
         };
-        match Place::of(&part)? {
-            Some(place) if (place.number, place.count) == (number, count) => {}
-            _ => {
-                let what = format!("is not part {} of {count} of {}", number + 1, first.name());
-                return Err(Error::format(part.name(), what));
-            }
+        let is_next = Place::of(&part)?.is_some_and(|p| (p.number, p.count) == (number, count));
+        // All parts state how many tensors there are together.
+        let tensors = |file: &Gguf| file.get_u64("split.tensors.count");
+        let is_same = match (tensors(&first)?, tensors(&part)?) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => true,
+        };
+        if !is_next || !is_same {
+            let what = format!(
+                "is not part {} of {count} of the model in {}; the part of that model has to be \
+                 in its place",
+                number + 1,
+                first.name()
+            );
+            return Err(Error::format(part.name(), what));
         }
         let at = first.parts.len();
         first.parts.extend(part.parts);
@@ -84,12 +100,18 @@ pub(super) fn join(mut first: Gguf, place: &Place, path: &Path) -> Result<Gguf> 
     if let Some(claimed) = first.get_u64("split.tensors.count")?
         && claimed != found
     {
-        let what = format!("its {count} parts have {found} tensors; {claimed} were to be there");
+        let what = format!(
+            "its {count} parts have {found} tensors together, and {claimed} are stated \
+             (`split.tensors.count`); a part is damaged or of another model"
+        );
         return Err(Error::format(first.name(), what));
     }
     let mut seen = HashSet::new();
     if let Some(tensor) = first.tensors().find(|tensor| !seen.insert(tensor.name)) {
-        let what = format!("tensor `{}` is in more than one part of the model", tensor.name);
+        let what = format!(
+            "tensor `{}` is in another part of the model, too; one of the two is of another model",
+            tensor.name
+        );
         return Err(Error::format(tensor.file, what));
     }
     Ok(first)

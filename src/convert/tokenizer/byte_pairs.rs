@@ -38,7 +38,7 @@ pub(super) fn read(
     let pairs: Vec<_> = merges
         .lines()
         .enumerate()
-        .filter(|(i, line)| !line.is_empty() && !(*i == 0 && line.starts_with("#version")))
+        .filter(|(i, line)| !line.is_empty() && (*i != 0 || !line.starts_with("#version")))
         .map(|(i, line)| match line.split_once(' ') {
             Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
             None => Err(Error::format(
@@ -50,6 +50,13 @@ pub(super) fn read(
     let tokens = tokens(&vocab, model.vocab_size)?;
     check_merges(&name, &pairs, &tokens)?;
     let pre = pre(folder, model.architecture, config)?;
+    const PREFIX: &str = "add_prefix_space";
+    if let Some(config) = config
+        && config.bool(PREFIX)? == Some(true)
+    {
+        let what = "byte pairs that add no space before a text are converted";
+        return Err(config.unsupported(PREFIX, what));
+    }
     Ok(Some(Vocabulary {
         file: vocab.file().to_owned(),
         family: Family::ByteLevel { pre, merges: spell(&name, &pairs)? },

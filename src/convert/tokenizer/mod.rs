@@ -137,8 +137,6 @@ pub(super) struct Tokenizer {
     pub model: &'static str,
     /// Tokens that are no padding.
     pub tokens: usize,
-    /// The file that the vocabulary comes from.
-    pub file: String,
     /// What a person should know.
     pub notes: Vec<String>,
 }
@@ -266,13 +264,7 @@ pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>
     for (key, template) in special.chat_templates(folder)? {
         set(&key, template);
     }
-    Ok(Some(Tokenizer {
-        metadata,
-        model: name,
-        tokens: count,
-        file: vocabulary.file,
-        notes: vocabulary.notes,
-    }))
+    Ok(Some(Tokenizer { metadata, model: name, tokens: count, notes: vocabulary.notes }))
 }
 
 /// The vocabulary from the first file that has one.
