@@ -7,13 +7,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use mtad::backend::CacheType;
-use mtad::backend::cpu::{Cpu, Isa};
 use mtad::gguf::{Gguf, Writer};
 use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Device, Model, SessionOptions};
+use mtad::model::{Model, SessionOptions};
 use mtad::quant::BlockType;
 
-use common::{adapter, nmse};
+use common::{devices, nmse};
 
 const VOCAB: usize = 40;
 const WIDTH: usize = 48;
@@ -232,22 +231,12 @@ fn members_of_the_family_are_exact_and_rows_do_not_depend_on_their_number() {
         ("yarn", Member { yarn: Some(2.5), ..llama }),
     ];
     let tokens: Vec<u32> = (0..90).map(|i| (i * i + 3 * i) % VOCAB as u32).collect();
+    let devices = devices();
     let mut seen = Vec::new();
     for (name, member) in members {
         let (weights, writer) = Weights::new(&member);
         let file = Arc::new(Gguf::from_vec("family.gguf", writer.to_vec()).unwrap());
         let exact = exact(&weights, &member, &tokens);
-        let mut devices: Vec<Device> = Isa::ALL
-            .into_iter()
-            .filter(|isa| isa.is_available())
-            .map(|isa| Device::Cpu(Arc::new(Cpu::with_isa(2, isa).unwrap())))
-            .collect();
-        if let Some(adapter) = adapter() {
-            for layers in [None, Some(1)] {
-                let cpu = Cpu::new(1).unwrap();
-                devices.push(Device::named(adapter.name(), cpu, layers).unwrap());
-            }
-        }
         for device in &devices {
             let model = Model::load(file.clone(), device, &mut |_, _| true).unwrap();
             let together = logits(&model, &tokens, tokens.len());

@@ -2,11 +2,13 @@
 #![allow(dead_code, missing_docs)] // Every test uses a part of it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use mtad::backend::cpu::{Cpu, Isa};
 use mtad::backend::gpu::Adapter;
 use mtad::gguf::{Gguf, OwnedValue, Writer};
 use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Model, SessionOptions};
+use mtad::model::{Device, Model, SessionOptions};
 use mtad::quant::BlockType;
 
 /// A file or folder of the reference data: below `MTAD_SHARED`, or else below `../shared` beside
@@ -36,6 +38,21 @@ pub fn adapter() -> Option<Adapter> {
         eprintln!("skipped: no adapter was found (a Vulkan driver such as lavapipe would do)");
     }
     found
+}
+
+/// Every way to run a model here: each instruction set of the CPU; the first adapter, with all
+/// layers and with the last one only.
+pub fn devices() -> Vec<Device> {
+    let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available());
+    let mut devices: Vec<Device> =
+        sets.map(|isa| Device::Cpu(Arc::new(Cpu::with_isa(2, isa).unwrap()))).collect();
+    if let Some(adapter) = adapter() {
+        for layers in [None, Some(1)] {
+            let cpu = Cpu::new(1).unwrap();
+            devices.push(Device::named(adapter.name(), cpu, layers).unwrap());
+        }
+    }
+    devices
 }
 
 /// Token types as GGUF numbers them.
