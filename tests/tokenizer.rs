@@ -2,10 +2,9 @@
 
 mod common;
 
-use std::fs;
 use std::time::Instant;
 
-use common::{BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf, shared, strings};
+use common::{BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf, shared, strings, vectors};
 use mtad::Error;
 use mtad::gguf::{Gguf, OwnedValue, Writer};
 use mtad::tokenizer::{EncodeOptions, Family, TokenType, Tokenizer};
@@ -25,38 +24,6 @@ fn build(writer: &Writer) -> Tokenizer {
 
 fn refusal(writer: &Writer) -> Error {
     Tokenizer::from_gguf(&gguf(writer)).expect_err("this vocabulary is damaged")
-}
-
-/// Every text with its ids: llama.cpp's own vectors, then the harder ones.
-fn vectors(name: &str) -> Vec<(String, Vec<u32>)> {
-    let read = |path: String| fs::read_to_string(shared(&path).unwrap()).unwrap();
-    let base = format!("vectors/tokenizer/ggml-vocab-{name}.gguf");
-    let inputs = read(format!("{base}.inp"));
-    let outputs = read(format!("{base}.out"));
-    // The separator stands behind every text, the last one too.
-    const SEPARATOR: &str = "\n__ggml_vocab_test__\n";
-    let inputs: Vec<&str> = inputs.strip_suffix(SEPARATOR).unwrap().split(SEPARATOR).collect();
-    let outputs: Vec<&str> = outputs.lines().collect();
-    assert_eq!((inputs.len(), outputs.len()), (46, 46));
-    let mut vectors: Vec<_> = inputs
-        .into_iter()
-        .zip(outputs)
-        .map(|(text, ids)| {
-            let ids = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
-            (text.to_owned(), ids)
-        })
-        .collect();
-
-    #[derive(serde::Deserialize)]
-    struct Entry {
-        text: String,
-        ids: Vec<u32>,
-    }
-    let harder: Vec<Entry> =
-        serde_json::from_str(&read(format!("vectors/tokenizer/tok_pub_{name}.json"))).unwrap();
-    assert_eq!(harder.len(), 200);
-    vectors.extend(harder.into_iter().map(|entry| (entry.text, entry.ids)));
-    vectors
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! What several tests need: where the reference data lie, numpy files, small vocabularies.
 #![allow(dead_code, missing_docs)] // Every test uses a part of it.
 
+pub mod checkpoint;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -109,6 +111,39 @@ pub fn byte_level(pre: &str, merges: &[&str]) -> Writer {
         .set("tokenizer.ggml.bos_token_id", end)
         .set("tokenizer.ggml.eos_token_id", end);
     writer
+}
+
+/// Texts with their ids by one of the reference vocabularies: llama.cpp's own vectors, then the
+/// harder ones.
+pub fn vectors(name: &str) -> Vec<(String, Vec<u32>)> {
+    let read = |path: String| std::fs::read_to_string(shared(&path).unwrap()).unwrap();
+    let base = format!("vectors/tokenizer/ggml-vocab-{name}.gguf");
+    let inputs = read(format!("{base}.inp"));
+    let outputs = read(format!("{base}.out"));
+    // The separator stands behind every text, the last one too.
+    const SEPARATOR: &str = "\n__ggml_vocab_test__\n";
+    let inputs: Vec<&str> = inputs.strip_suffix(SEPARATOR).unwrap().split(SEPARATOR).collect();
+    let outputs: Vec<&str> = outputs.lines().collect();
+    assert_eq!((inputs.len(), outputs.len()), (46, 46));
+    let mut vectors: Vec<_> = inputs
+        .into_iter()
+        .zip(outputs)
+        .map(|(text, ids)| {
+            let ids = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
+            (text.to_owned(), ids)
+        })
+        .collect();
+
+    #[derive(serde::Deserialize)]
+    struct Entry {
+        text: String,
+        ids: Vec<u32>,
+    }
+    let harder: Vec<Entry> =
+        serde_json::from_str(&read(format!("vectors/tokenizer/tok_pub_{name}.json"))).unwrap();
+    assert_eq!(harder.len(), 200);
+    vectors.extend(harder.into_iter().map(|entry| (entry.text, entry.ids)));
+    vectors
 }
 
 /// A metadata array of strings.
