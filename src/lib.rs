@@ -28,11 +28,11 @@
 //! |---|---|---|
 //! | [`error`] | the one error type | nothing |
 //! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
-//! | [`gguf`] | model files: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
-//! | [`convert`] | checkpoints in safetensors as model files | `error`, `quant`, `gguf` |
+//! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
+//! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
 //! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `quant`, `gguf` |
-//! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures over a backend | `error`, `gguf`, `quant`, `backend` |
+//! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
 //! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
 //! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
 //! | [`energy`] | joules from real meters, by phase | `error` |

@@ -16,8 +16,9 @@ use crate::quant::Recipe;
 ///
 /// Llama, Mistral, Qwen2 and OPT are converted. Weights are read as they are written, so the model
 /// need not fit into memory; the output appears when it is whole. Quantized types are made on the
-/// way, as `quantize` makes them of an F16 file. Vectors (norms, biases) are always F32. A folder
-/// without a tokenizer is converted with a warning. docs/convert.md says what is read and written.
+/// way, as `quantize` makes them. Vectors (norms, biases) are always F32. Tokenizers are read from
+/// tokenizer.model, tokenizer.json, or vocab.json and merges.txt; a folder without one is converted
+/// with a warning. docs/convert.md says what is read and what is written.
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
     /// The folder of the checkpoint
