@@ -58,7 +58,10 @@ fn compile(source: &str, name: &str) -> PathBuf {
     let mut cc = Command::new("cc");
     cc.args(strict).arg("-D_POSIX_C_SOURCE=200809L");
     cc.arg("-I").arg(root().join("include")).arg(root().join(source)).arg("-o").arg(&program);
-    cc.arg("-L").arg(&libraries).arg(format!("-Wl,-rpath,{}", libraries.display()));
+    // (An rpath of the old kind goes before the folders that cargo puts into the environment, in one
+    // of which an older build may have left its library.)
+    let rpath = format!("-Wl,--disable-new-dtags,-rpath,{}", libraries.display());
+    cc.arg("-L").arg(&libraries).arg(rpath);
     run(cc.args(["-lmtad", "-lpthread", "-lm"]));
     program
 }

@@ -54,12 +54,6 @@ impl Rows<'_> {
     }
 }
 
-/// The first position that a row which sees `seen` positions attends to, if it looks back over a
-/// window of so many, its own included.
-pub(crate) fn window_start(seen: usize, window: Option<usize>) -> usize {
-    window.map_or(0, |window| seen.saturating_sub(window))
-}
-
 /// Which elements of a head form a rotated pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RotaryPairs {

@@ -13,7 +13,7 @@ use std::array::TryFromSliceError;
 use std::ops::Range;
 
 use super::simd::{Simd, exp, max_lanes, sum_lanes};
-use crate::backend::{CacheShape, CacheType, RotaryPairs, Rows, window_start};
+use crate::backend::{CacheShape, CacheType, RotaryPairs, Rows};
 
 /// Slots of a chunk.
 const CHUNK: usize = 16;
@@ -304,8 +304,10 @@ pub(super) fn store<E: Element>(
 pub(super) struct Attention<'a> {
     pub rows: Rows<'a>,
     pub shape: &'a CacheShape,
-    /// How many positions a row attends to at most, if not to all that it sees.
-    pub window: Option<usize>,
+    /// How many positions a row attends to at most; `usize::MAX` for all that it sees. (A number,
+    /// because what an optimizer makes of an option in the loops reads the number that `None` does
+    /// not have, which is harmless and looks to memory checkers as if it were not.)
+    pub window: usize,
     /// Query heads that share a key/value head.
     pub group: usize,
     /// Queries, `stride` f32s a row; heads side by side.
@@ -403,7 +405,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
     // keys and values; queries and outputs have a head's elements at every row.
 
     starts.clear();
-    starts.extend((0..rows).map(|row| window_start(a.rows.seen(row), a.window)));
+    starts.extend((0..rows).map(|row| a.rows.seen(row).saturating_sub(a.window)));
     let earliest = starts.iter().copied().min().unwrap_or(0);
 
     // Whole tiles of the line, which every row sees.
@@ -757,7 +759,7 @@ unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], within: Range<usize>, state
 mod tests {
     use crate::backend::cpu::noise::Noise;
     use crate::backend::cpu::{Buffer, Cpu, Isa};
-    use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows, window_start};
+    use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
 
     fn buffer(cpu: &Cpu, width: usize, rows: &[Vec<f32>]) -> Buffer {
         let mut out = cpu.buffer(width);
@@ -845,7 +847,8 @@ mod tests {
             let (d, path) = (self.shape.head_dim, self.paths[row]);
             let tree = (0..self.paths.len()).filter(|r| path >> r & 1 == 1).map(|r| self.line + r);
             let seen: Vec<usize> = (0..self.line).chain(tree).collect();
-            let seen = &seen[window_start(seen.len(), self.window)..];
+            let window = self.window.unwrap_or(seen.len());
+            let seen = &seen[seen.len().saturating_sub(window)..];
             let mut out = Vec::new();
             for head in 0..self.shape.kv_heads * self.group {
                 let q = &self.q[self.line + row][head * d..][..d];

@@ -501,6 +501,7 @@ impl Pass<Cpu> for CpuPass<'_> {
         assert_eq!((q.width, q.rows()), (out.width, self.rows.len()));
         out.set_rows(q.rows());
         let heads = q.width / cache.shape.head_dim;
+        let window = window.unwrap_or(usize::MAX);
         let a = Attention {
             rows: self.rows,
             shape: &cache.shape,
@@ -510,7 +511,7 @@ impl Pass<Cpu> for CpuPass<'_> {
             out: out.data.as_mut_ptr(),
             stride: q.stride,
         };
-        let seen = (self.rows.line + self.rows.len()).min(window.unwrap_or(usize::MAX));
+        let seen = (self.rows.line + self.rows.len()).min(window);
         let parts = match seen * self.rows.len() * q.width {
             n if n < ALONE_ELEMENTS => 1,
             _ => self.crew.threads(),
