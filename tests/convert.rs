@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
 use mtad::backend::cpu::Cpu;
+use mtad::convert::convert;
 use mtad::gguf::{Gguf, Value as Metadata};
 use mtad::model::{Device, Model};
 use mtad::quant::BlockType;
@@ -701,7 +703,7 @@ fn a_conversion_that_is_stopped_leaves_nothing() {
     Checkpoint::llama(VOCAB).write(&place.path("model"));
     let out = place.path("out.gguf");
     let mut calls = 0;
-    let stopped = mtad::convert::convert(&place.path("model"), &out, None, &mut |_, _, _| {
+    let stopped = convert(&place.path("model"), &out, None, &mut |_, _, _| {
         calls += 1;
         calls < 9
     });
@@ -711,7 +713,7 @@ fn a_conversion_that_is_stopped_leaves_nothing() {
 
     // Progress ends where all bytes of the tensors are done.
     let mut last = (0, 1);
-    mtad::convert::convert(&place.path("model"), &out, None, &mut |_, done, total| {
+    convert(&place.path("model"), &out, None, &mut |_, done, total| {
         last = (done, total);
         true
     })
@@ -719,4 +721,97 @@ fn a_conversion_that_is_stopped_leaves_nothing() {
     assert_eq!(last.0, last.1);
     let file = Gguf::open(out).unwrap();
     assert!(matches!(file.get("general.quantization_version"), Some(Metadata::U32(2))));
+}
+
+/// Converts a model of eight tokens in this process; a panic is the failure. Errors name something
+/// in the folder.
+fn must_not_panic(what: &str, place: &Place) -> bool {
+    let (folder, out) = (place.path("model"), place.path("out.gguf"));
+    let converted = catch_unwind(|| convert(&folder, &out, None, &mut |_, _, _| true));
+    match converted.unwrap_or_else(|_| panic!("{what}: it panicked")) {
+        Ok(_) => {
+            // What is converted can be run.
+            let file = Arc::new(Gguf::open(&out).unwrap());
+            let cpu = Device::Cpu(Arc::new(Cpu::new(1).unwrap()));
+            let model = Model::load(file, &cpu, &mut |_, _| true);
+            let model = model.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(logits(&model, &[1], 1).len(), 8, "{what}");
+            true
+        }
+        Err(error) => {
+            let error = error.to_string();
+            assert!(error.contains(&place.name("model")), "{what}: {error}");
+            false
+        }
+    }
+}
+
+#[test]
+fn odd_values_in_a_config_do_no_harm() {
+    let odd = json!([
+        null, true, -1, 0, 1, 3, 16_777_217, 9_223_372_036_854_775_807u64, 0.5, -2.5, 1e300, "", "x",
+        [], [1], {}, {"type": "yarn"}, {"a": {"b": []}}
+    ]);
+    let long = json!({
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "mscale": 1.0},
+        "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 0, "head_dim": 16,
+        "layer_types": ["sliding_attention", "sliding_attention"], "eos_token_id": [1, 2],
+        "attention_bias": false, "mlp_bias": false, "bos_token_id": 0, "quantization_config": null,
+        "partial_rotary_factor": 1.0,
+    });
+    let place = Place::new();
+    let (mut fine, mut refused) = (0, 0);
+    for checkpoint in [Checkpoint::llama(8), Checkpoint::qwen2(8)] {
+        let checkpoint = checkpoint.with(long.clone());
+        checkpoint.write(&place.path("model"));
+        assert!(must_not_panic("as it is", &place));
+        let mut try_it = |path: &[&str], value: &Value| {
+            let mut config = checkpoint.config.clone();
+            *path.iter().fold(&mut config, |at, key| &mut at[*key]) = value.clone();
+            std::fs::write(place.path("model/config.json"), config.to_string()).unwrap();
+            match must_not_panic(&format!("{path:?} = {value}"), &place) {
+                true => fine += 1,
+                false => refused += 1,
+            }
+        };
+        for value in odd.as_array().unwrap() {
+            for (key, part) in checkpoint.config.as_object().unwrap() {
+                try_it(&[key], value);
+                part.as_object()
+                    .into_iter()
+                    .flatten()
+                    .for_each(|(sub, _)| try_it(&[key, sub], value));
+            }
+        }
+    }
+    assert!(fine > 100 && refused > 500, "{fine} were fine, {refused} were refused");
+}
+
+#[test]
+fn damaged_weights_do_no_harm() {
+    let place = Place::new();
+    Checkpoint::llama(8).write(&place.path("model"));
+    let whole = std::fs::read(place.path("model").join(ONE)).unwrap();
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let write = |bytes: &[u8]| std::fs::write(place.path("model").join(ONE), bytes).unwrap();
+    for cut in (0..header).step_by(7).chain((header..whole.len()).step_by(4999)) {
+        write(&whole[..cut]);
+        assert!(!must_not_panic(&format!("cut at {cut}"), &place), "cut at {cut}");
+    }
+    let mut noise = 0x2545_f491_4f6c_dd1du64;
+    let mut refused = 0;
+    for at in (0..8).chain((8..header).step_by(3)) {
+        noise ^= noise << 13;
+        noise ^= noise >> 7;
+        noise ^= noise << 17;
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (noise % 8);
+        write(&bytes);
+        refused += usize::from(!must_not_panic(&format!("bit in byte {at}"), &place));
+    }
+    assert!(refused > 500, "only {refused} damages were noticed");
 }

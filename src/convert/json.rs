@@ -14,6 +14,8 @@ const MAX_BYTES: u64 = 256 << 20;
 /// limit when they are run.
 const MAX_DIM: u64 = 1 << 24;
 
+const POSITIVE: &str = "a positive number that single precision can hold";
+
 /// The text of a file; `None` if it is not there.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     let name = path.display().to_string();
@@ -146,15 +148,15 @@ impl Object {
         self.size(key)?.ok_or_else(|| self.wrong(key, &wanted))
     }
 
-    /// A positive number.
+    /// A positive number, also in the single precision that GGUF keeps of it.
     pub fn positive(&self, key: &str) -> Result<Option<f64>> {
-        let positive = |x: &f64| x.is_finite() && *x > 0.0;
-        self.typed(key, "a positive number", |value| value.as_f64().filter(positive))
+        let positive = |x: &f64| (*x as f32).is_finite() && *x as f32 > 0.0;
+        self.typed(key, POSITIVE, |value| value.as_f64().filter(positive))
     }
 
     /// A positive number that must be there.
     pub fn need_positive(&self, key: &str) -> Result<f64> {
-        self.positive(key)?.ok_or_else(|| self.wrong(key, "a positive number"))
+        self.positive(key)?.ok_or_else(|| self.wrong(key, POSITIVE))
     }
 }
 
