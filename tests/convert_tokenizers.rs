@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use mtad::Error;
@@ -473,6 +474,17 @@ fn damaged_vocabularies_are_refused_by_file() {
         assert!(error.contains(named.trim_end_matches('/')), "{error}");
         assert!(error.contains(words), "{error} ({words})");
     }
+    // An added token in the place of one that merges need, and of one that none does.
+    let place = Place::llama(8);
+    small(&place);
+    place.json("added_tokens.json", &json!({"<tool>": 1}));
+    let error = place.error();
+    let words = "token 1 is \"b\", which merges need, and \"<tool>\" among the tokens";
+    assert!(error.contains("vocab.json") && error.contains(words), "{error}");
+    place.json("added_tokens.json", &json!({"<tool>": 4}));
+    let (converted, _) = place.convert();
+    assert_eq!(converted.notes, ["token 4, \"<|end|>\", becomes \"<tool>\""]);
+
     let place = Place::llama(8);
     small(&place);
     let (converted, file) = place.convert();
@@ -560,4 +572,113 @@ fn chat_templates_are_carried_over_from_wherever_they_stand() {
 
 fn is_named(error: &str, file: &Path) -> bool {
     error.contains(&file.display().to_string())
+}
+
+/// JSON pointers to everything in a value.
+fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
+    let mut visit = |key: &str, inner: &Value| {
+        let key = key.replace('~', "~0").replace('/', "~1");
+        let pointer = format!("{at}/{key}");
+        pointers(inner, &pointer, found);
+        found.push(pointer);
+    };
+    match value {
+        Value::Object(map) => map.iter().for_each(|(key, inner)| visit(key, inner)),
+        Value::Array(list) => {
+            list.iter().enumerate().for_each(|(i, inner)| visit(&i.to_string(), inner));
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn odd_values_in_the_files_of_a_tokenizer_do_no_harm() {
+    let vocab = json!({"a": 0, "b": 1, "Ġ": 2, "ab": 3, "<|end|>": 4, "Ġab": 5});
+    let byte_level = json!({
+        "added_tokens": [{"id": 4, "content": "<|end|>", "special": true}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+        "pre_tokenizer": cut_by(QWEN2),
+        "post_processor": {"type": "Sequence", "processors": [{
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|end|>"}}],
+        }]},
+        "model": {
+            "type": "BPE", "unk_token": "a", "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": ["a b", ["Ġ", "ab"]],
+        },
+    });
+    let sentencepiece = json!({
+        "added_tokens": [{"id": 0, "content": "<unk>", "special": true}],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "pre_tokenizer": null,
+        "model": {
+            "type": "BPE", "unk_token": "<unk>", "byte_fallback": true,
+            "vocab": {"<unk>": 0, "<0x41>": 1, "▁": 2, "a": 3, "▁a": 4}, "merges": ["▁ a"],
+        },
+    });
+    let config = json!({
+        "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": true, "add_eos_token": false,
+        "add_prefix_space": false, "bos_token": {"content": "<|end|>"}, "eos_token": "<|turn|>",
+        "chat_template": [{"name": "default", "template": "x"}],
+        "additional_special_tokens": ["<|turn|>"],
+        "added_tokens_decoder": {"6": {"content": "<|turn|>", "special": true}},
+    });
+    let generation = json!({"eos_token_id": [6, 4], "bos_token_id": 4});
+    let odd = json!([
+        null, true, -1, 0, 7, 8, 18_446_744_073_709_551_615u64, 0.5, "", "x", "<|turn|>", "▁", [],
+        [1], ["a"], {}, {"type": "NFC"}, {"content": "b"}
+    ]);
+    let place = Place::llama(8);
+    let mut nothing = sentencepiece.clone();
+    nothing["model"]["unk_token"] = Value::Null;
+    place.json("tokenizer.json", &nothing);
+    let error = place.error();
+    assert!(error.contains("neither an unknown token nor one for every byte"), "{error}");
+
+    let (mut fine, mut refused, mut wrong) = (0, 0, Vec::new());
+    for tokenizer in [byte_level, sentencepiece] {
+        let files = [
+            ("tokenizer.json", &tokenizer),
+            ("tokenizer_config.json", &config),
+            ("special_tokens_map.json", &json!({"pad_token": "b", "unk_token": {"content": "a"}})),
+            ("added_tokens.json", &json!({"<tool>": 7})),
+            ("generation_config.json", &generation),
+        ];
+        files.iter().for_each(|(name, content)| place.json(name, content));
+        place.convert();
+        for (name, content) in files {
+            let mut places = vec![String::new()];
+            pointers(content, "", &mut places);
+            for pointer in places {
+                for value in odd.as_array().unwrap() {
+                    let mut content = content.clone();
+                    *content.pointer_mut(&pointer).unwrap() = value.clone();
+                    place.json(name, &content);
+                    let what = format!("{name}{pointer} = {value}");
+                    let converted =
+                        std::panic::catch_unwind(AssertUnwindSafe(|| place.try_convert()));
+                    match converted.unwrap_or_else(|_| panic!("{what}: it panicked")) {
+                        Ok((_, file)) => {
+                            // What is converted is understood.
+                            match Tokenizer::from_gguf(&file) {
+                                Ok(tokenizer) => drop(tokenizer.encode("a ab b<|turn|>", PLAIN)),
+                                Err(error) => wrong.push(format!("{what}: {error}")),
+                            }
+                            fine += 1;
+                        }
+                        Err(error) => {
+                            let error = error.to_string();
+                            assert!(is_named(&error, &place.folder()), "{what}: {error}");
+                            refused += 1;
+                        }
+                    }
+                }
+            }
+            place.json(name, content);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(fine > 500 && refused > 500, "{fine} were fine, {refused} were refused");
 }

@@ -161,6 +161,16 @@ pub(super) fn check_merges(
     Ok(results)
 }
 
+/// Whether one of the merges, as GGUF writes them, joins a token to others or makes it.
+pub(super) fn are_about(merges: &[String], token: &str) -> bool {
+    let about = |merge: &String| {
+        merge.split_once(' ').is_some_and(|(left, right)| {
+            left == token || right == token || token.strip_prefix(left) == Some(right)
+        })
+    };
+    merges.iter().any(about)
+}
+
 /// Merges as GGUF writes them.
 pub(super) fn spell(file: &str, merges: &[(String, String)]) -> Result<Vec<String>> {
     let spelled =

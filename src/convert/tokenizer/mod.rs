@@ -9,7 +9,7 @@ mod json;
 mod sentencepiece;
 mod special;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use super::json::Object;
@@ -180,6 +180,16 @@ pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>
         };
         let is_same = token.text == text;
         if !is_same && !is_free[id as usize] {
+            if let Family::ByteLevel { merges, .. } = &vocabulary.family
+                && byte_pairs::are_about(merges, &token.text)
+            {
+                let what = format!(
+                    "token {id} is {:?}, which merges need, and {text:?} among the tokens that \
+                     were added; one of the two is another model's",
+                    token.text
+                );
+                return Err(Error::format(&vocabulary.file, what));
+            }
             vocabulary.notes.push(format!("token {id}, {:?}, becomes {text:?}", token.text));
         }
         let kind = match (control, token.kind) {
@@ -203,6 +213,15 @@ pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>
         && ![roles.ids.bos, roles.ids.eos, roles.ids.pad].contains(&Some(id))
     {
         tokens[id as usize].kind = Kind::Unknown;
+    }
+    if matches!(vocabulary.family, Family::SentencePiece { .. }) && roles.ids.unk.is_none() {
+        let bytes: HashSet<_> =
+            tokens.iter().filter(|token| token.kind == Kind::Byte).map(|t| &t.text).collect();
+        if bytes.len() < 256 {
+            let what = "has neither an unknown token nor one for every byte (`<0x00>` to \
+                        `<0xFF>`), so it cannot spell every text";
+            return Err(Error::format(&vocabulary.file, what));
+        }
     }
     let add_bos = special.add_bos()?.unwrap_or(match (&vocabulary.begins, &vocabulary.family) {
         // OPT's texts begin with </s>, whatever wrote the files.
