@@ -1,6 +1,9 @@
 """The corpus, the tokenizer, and rows of tokens to train and measure on."""
 
+import itertools
 import string
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +81,16 @@ class TrainingRows:
         rows = rows[rng.permutation(count)]
         return [rows[i:i + self.batch].astype(np.int64) for i in range(0, count - self.batch + 1, self.batch)]
 
-    def from_step(self, step):
-        number = seen = 0
-        while True:
-            rows = self.epoch(number)
-            yield from rows[max(0, step - seen):]
-            seen, number = seen + len(rows), number + 1
+    def from_step(self, step, ahead=3):
+        """Batches without end. Epochs are made ahead of their time by other processes."""
+        seen = 0
+        with ProcessPoolExecutor(ahead, get_context("fork")) as pool:
+            coming = [pool.submit(self.epoch, number) for number in range(ahead)]
+            for number in itertools.count(ahead):
+                rows = coming.pop(0).result()
+                coming.append(pool.submit(self.epoch, number))
+                yield from rows[max(0, step - seen):]
+                seen += len(rows)
 
 
 def held_out_rows(corpus, sp, length):

@@ -106,5 +106,10 @@ class Llama(nn.Module):
             x = block(x, cos, sin)
         return F.linear(self.output_norm(x), self.token_embd.weight)
 
+    def compile_layers(self):
+        """One by one: they are alike, so that one is compiled and all use it."""
+        for block in self.blk:
+            block.compile()
+
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())

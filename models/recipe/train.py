@@ -37,10 +37,9 @@ def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def rate(step, steps, peak, warmup=50, cooldown=0.5):
+def rate(step, progress, peak, warmup=50, cooldown=0.5):
     """Warm up, stay, fall linearly. A run can be lengthened or shortened until the fall begins."""
-    left = (steps - step) / (cooldown * steps)
-    return peak * min(1.0, (step + 1) / warmup, max(left, 0.01))
+    return peak * min(1.0, (step + 1) / warmup, max((1 - progress) / cooldown, 0.01))
 
 
 def begin_with(model, path):
@@ -54,64 +53,114 @@ def begin_with(model, path):
             p.data.zero_()
 
 
-def losses(target, draft, ids, following, weight, own=0.3):
-    """The target's is the next token's. The draft's is three parts that, and seven parts the target's distribution."""
+class Teachers:
+    """Learn the next token, each on its own."""
+    names = property(lambda self: [f"teacher{i}" for i in range(len(self.models))])
+
+    def __init__(self, models, a):
+        self.models = models
+        self.peaks, self.decays = [a.teacher_rate] * len(models), [a.weight_decay] * len(models)
+
+    def losses(self, ids, following, weight):
+        return [(weight * nll(log_softmax(model, ids), following)).sum() for model in self.models]
+
+
+class Pair:
+    """The target learns the next token and, where there are teachers, in equal parts their mean distribution; the
+    draft three parts the next token and seven parts the target's distribution."""
+    names = ["target", "draft"]
+
+    def __init__(self, target, draft, teachers, a):
+        self.models, self.teachers = [target, draft], [teacher.eval() for teacher in teachers]
+        self.peaks, self.decays = [a.target_rate, a.draft_rate], [a.weight_decay, 0.1]
+
+    def losses(self, ids, following, weight):
+        target, draft = (log_softmax(model, ids) for model in self.models)
+        first = nll(target, following)
+        if self.teachers:
+            with torch.no_grad():
+                wanted = sum(log_softmax(teacher, ids).exp() for teacher in self.teachers) / len(self.teachers)
+            first = 0.5 * first - 0.5 * (wanted * target).sum(-1)
+        second = 0.3 * nll(draft, following) - 0.7 * (target.detach().exp() * draft).sum(-1)
+        return [(weight * loss).sum() for loss in (first, second)]
+
+
+def log_softmax(model, ids):
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        logits, proposed = target(ids), draft(ids)
-    logits, log_q = logits.float().flatten(0, 1), F.log_softmax(proposed.float().flatten(0, 1), -1)
-    following, weight = following.flatten(), weight.flatten() / weight.sum()
-    first = F.cross_entropy(logits, following, reduction="none")
-    second = F.nll_loss(log_q, following, reduction="none")
-    apart = -(F.softmax(logits.detach(), -1) * log_q).sum(-1)
-    return (weight * first).sum(), (weight * (own * second + (1 - own) * apart)).sum()
+        logits = model(ids)
+    return F.log_softmax(logits.float().flatten(0, 1), -1)
 
 
-def train(target, draft, rows, a, every=50):
-    groups = [{"params": [p for p in model.parameters() if (p.dim() == 2) == matrices], "peak": peak,
-               "weight_decay": 0.1 if matrices else 0.0}
-              for model, peak in ((target, a.target_rate), (draft, a.draft_rate)) for matrices in (True, False)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    path, start, spent = a.work / "pair.pt", 0, 0.0
+def nll(log_p, following):
+    return F.nll_loss(log_p, following, reduction="none")
+
+
+def make_optimizers(group):
+    """Muon (Jordan et al. 2024) for the matrices of layers, its steps as large as AdamW's would be; AdamW for
+    embeddings and norms."""
+    matrices, others = [], []
+    for model, peak, decay in zip(group.models, group.peaks, group.decays):
+        named = list(model.named_parameters())
+        inner = [p for name, p in named if p.dim() == 2 and name.startswith("blk.")]
+        matrices.append({"params": inner, "peak": peak, "weight_decay": decay})
+        table = [p for name, p in named if p.dim() == 2 and not name.startswith("blk.")]
+        others.append({"params": table, "peak": peak, "weight_decay": decay})
+        others.append({"params": [p for _, p in named if p.dim() == 1], "peak": peak, "weight_decay": 0.0})
+    return [torch.optim.Muon(matrices, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+
+
+def train(group, rows, a, path, steps, minutes, save_every=60.0):
+    """Trains the models of a group together, for so many steps or minutes."""
+    optimizers = make_optimizers(group)
+    start, spent, progress = 0, 0.0, 0.0
     if path.exists():
         saved = torch.load(path, map_location=a.device)
-        target.load_state_dict(saved["target"])
-        draft.load_state_dict(saved["draft"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, spent = saved["step"], saved["seconds"]
-    say(f"{target.parameter_count():,} and {draft.parameter_count():,} parameters, steps {start} to {a.steps}")
-    if start >= a.steps:
+        for model, state in zip(group.models + optimizers, saved["states"]):
+            model.load_state_dict(state)
+        start, spent, progress = saved["step"], saved["seconds"], saved["progress"]
+    for name, model in zip(group.names, group.models):
+        say(f"{name}: {model.parameter_count():,} parameters, from step {start} on")
+        model.train()
+        if a.compile:
+            model.compile_layers()
+    if progress >= 1:
         return
-    losses_of = losses if a.no_compile else torch.compile(losses)
 
-    target.train()
-    draft.train()
-    began = marked = time.time()
-    sums, count = np.zeros(2), 0
-    for step, batch in zip(range(start, a.steps), rows.from_step(start)):
+    began = marked = kept = time.time()
+    sums, count = np.zeros(len(group.models)), 0
+    for step, batch in enumerate(rows.from_step(start), start):
         torch.manual_seed(a.seed * 1_000_003 + step)  # dropout's masks, the same after a resume
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, a.steps, group["peak"])
+        for settings in (settings for optimizer in optimizers for settings in optimizer.param_groups):
+            settings["lr"] = rate(step, progress, settings["peak"])
         batch = torch.from_numpy(batch).to(a.device)
-        ids, following, weight = batch[:, 0, :-1], batch[:, 0, 1:], batch[:, 1, 1:]
-        both = losses_of(target, draft, ids.contiguous(), following.contiguous(), weight.contiguous())
-        sum(both).backward()
-        for model in (target, draft):
+        ids, following, weight = batch[:, 0, :-1], batch[:, 0, 1:].flatten(), batch[:, 1, 1:].flatten()
+        all_losses = group.losses(ids.contiguous(), following, weight / weight.sum())
+        sum(all_losses).backward()
+        for model in group.models:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        sums, count, done = sums + [loss.item() for loss in both], count + 1, step + 1
-        if done % 10 == 0 or done == a.steps:
-            now = time.time()
-            eta = (now - began) / (done - start) * (a.steps - done)
-            say(f"step {done}/{a.steps} target {sums[0] / count:.4f} draft {sums[1] / count:.4f} "
-                f"{count * ids.numel() / (now - marked):,.0f} tokens/s ETA {eta / 60:.1f} min")
-            sums, count, marked = np.zeros(2), 0, now
-        if done % every == 0 or done == a.steps:
-            saved = {"target": target.state_dict(), "draft": draft.state_dict(), "optimizer": optimizer.state_dict(),
-                     "step": done, "seconds": spent + time.time() - began}
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        sums, count, done = sums + torch.stack(all_losses).detach().cpu().numpy(), count + 1, step + 1
+        now = time.time()
+        progress = (spent + now - began) / (60 * minutes) if minutes else done / steps
+        ended = progress >= 1
+        if done % 10 == 0 or ended:
+            means = " ".join(f"{name} {loss:.4f}" for name, loss in zip(group.names, sums / count))
+            eta = (spent + now - began) / progress * (1 - min(progress, 1))
+            say(f"step {done} {min(progress, 1):.1%} {means} {count * ids.numel() / (now - marked):,.0f} tokens/s "
+                f"ETA {eta / 60:.1f} min")
+            sums, count, marked = np.zeros(len(group.models)), 0, now
+        if now - kept > save_every or ended:
+            kept = now
+            saved = {"states": [x.state_dict() for x in group.models + optimizers], "step": done,
+                     "seconds": spent + now - began, "progress": progress}
             torch.save(saved, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-    say(f"{(spent + time.time() - began) / 60:.1f} minutes in all")
+        if ended:
+            break
+    say(f"{done} steps in {(spent + time.time() - began) / 60:.1f} minutes")
 
 
 @torch.no_grad()
@@ -177,18 +226,25 @@ def main():
     a.add_argument("--start", type=Path, help="begin with the weights of target.gguf and draft.gguf in this folder")
     a.add_argument("--keep-start", default=0.0, type=float,
                    help="share of the weights begun with in what is written: less forgotten, less learnt")
-    a.add_argument("--steps", default=1500, type=int)
-    a.add_argument("--batch", default=16, type=int, help="rows of %d tokens in a step" % ROW)
-    a.add_argument("--target", default="5,256,4,768", type=shape, help="layers,width,heads,feed-forward")
-    a.add_argument("--draft", default="1,128,2,256", type=shape, help="the same of the draft")
+    a.add_argument("--steps", default=2000, type=int)
+    a.add_argument("--minutes", type=float, help="as many steps as fit into this time instead")
+    a.add_argument("--batch", default=8, type=int, help="rows of %d tokens in a step" % ROW)
+    a.add_argument("--target", default="7,256,4,768", type=shape, help="layers,width,heads,feed-forward")
+    a.add_argument("--draft", default="2,128,2,256", type=shape, help="the same of the draft")
     a.add_argument("--target-rate", default=2e-3, type=float, help="highest learning rate")
-    a.add_argument("--draft-rate", default=4e-3, type=float)
-    a.add_argument("--dropout", default=0.05, type=float, help="of the target")
+    a.add_argument("--draft-rate", default=3e-3, type=float)
+    a.add_argument("--dropout", default=0.1, type=float, help="of the target")
+    a.add_argument("--weight-decay", default=0.1, type=float, help="of all but the draft, which has 0.1")
+    a.add_argument("--teachers", default=0, type=int, help="models that are trained first, and taught by")
+    a.add_argument("--teacher", default="8,384,6,1152", type=shape, help="the shape of each")
+    a.add_argument("--teacher-rate", default=2e-3, type=float)
+    a.add_argument("--teacher-dropout", default=0.2, type=float)
+    a.add_argument("--teacher-share", default=0.4, type=float, help="of the steps or minutes, for the teachers")
     a.add_argument("--target-type", default="Q8_0", choices=[kind.name for kind in MATRIX_TYPES])
     a.add_argument("--seed", default=1, type=int)
     a.add_argument("--device", default="cpu", help="cpu or cuda")
     a.add_argument("--threads", default=os.cpu_count(), type=int)
-    a.add_argument("--no-compile", action="store_true", help="without a C++ compiler; slower")
+    a.add_argument("--compile", action="store_true", help="torch.compile of the layers, as GPUs want it")
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     a.work.mkdir(parents=True, exist_ok=True)
@@ -200,14 +256,21 @@ def main():
     say(f"{sum(t.shape[1] for t in rows.styles[0]):,} tokens in {len(rows.styles[0]):,} stories")
 
     torch.manual_seed(a.seed)
-    a.target.dropout = a.dropout
+    a.target.dropout, a.teacher.dropout = a.dropout, a.teacher_dropout
+    teachers = [Llama(a.teacher).to(a.device) for _ in range(a.teachers)]
+    share = a.teacher_share if teachers else 0.0
+    minutes = a.minutes or 0.0
+    if teachers:
+        train(Teachers(teachers, a), rows, a, a.work / "teachers.pt", round(share * a.steps), share * minutes)
+        for teacher in teachers:
+            say("teacher: %.4f over %d tokens held out" % held_out(teacher, valid))
     pair = {"target": Llama(a.target), "draft": Llama(a.draft)}
     for name, model in pair.items():
         if a.start:
             begin_with(model, a.start / f"{name}.gguf")
         model.to(a.device)
     begun = [copy.deepcopy(model.state_dict()) for model in pair.values()]
-    train(*pair.values(), rows, a)
+    train(Pair(*pair.values(), teachers, a), rows, a, a.work / "pair.pt", round((1 - share) * a.steps), (1 - share) * minutes)
     for model, old in zip(pair.values(), begun):
         model.load_state_dict({k: torch.lerp(w, old[k], a.keep_start) for k, w in model.state_dict().items()})
 
