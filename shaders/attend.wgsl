@@ -1,9 +1,10 @@
 // out = softmax(q K^T / sqrt(head_dim)) V over what a row sees: the line, then its path in the tree.
 //
-// A workgroup has one query head of one row and SPLIT positions; they are taken in tiles of 64 with an
-// online softmax (Milakov and Gimelshein 2018). Tiles and splits are ranges of *positions* and sums run
-// in order of position, so the result depends neither on slots nor on other rows. A row that sees more
-// than one split leaves partial sums, which combine.wgsl merges.
+// A workgroup has one query head of one row and SPLIT positions, a thread to each. Scores are dot
+// products of eight threads at a time, which read a key side by side; values are added up by groups of
+// threads, each of which has every so manieth position. Splits are ranges of *positions*, and what is
+// added in which order depends on positions alone, so the result depends neither on slots nor on other
+// rows. A row that sees more than one split leaves partial sums, which combine.wgsl merges.
 
 struct Params {
     // Query heads that share a key/value head.
@@ -30,11 +31,17 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
-const TILE = 64u;
+// Threads that share a score, and scores that are made at once.
+const LANES = 8u;
+const AT_ONCE = SPLIT / LANES;
+// Less than any score.
+const LEAST = -3.0e38;
 
-var<workgroup> query: array<f32, MAX_HEAD>;
-var<workgroup> scores: array<f32, TILE>;
-var<workgroup> slots: array<u32, TILE>;
+var<workgroup> query: array<vec2<f32>, MAX_HEAD / 2u>;
+var<workgroup> scores: array<f32, SPLIT>;
+var<workgroup> slots: array<u32, SPLIT>;
+var<workgroup> largest: array<f32, 16>;
+var<workgroup> group_sums: array<vec3<f32>, SPLIT>;
 
 fn slot(path: u32, position: u32) -> u32 {
     if position < params.line {
@@ -59,104 +66,116 @@ fn value_pair(i: u32) -> vec2<f32> {
     return vec2<f32>(bitcast<f32>(values[2u * i]), bitcast<f32>(values[2u * i + 1u]));
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(256)
 fn main(
     @builtin(workgroup_id) place: vec3<u32>,
     @builtin(num_workgroups) places: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
+    thread: Thread,
 ) {
+    let index = thread_index(thread);
     let head = place.x;
     let row = params.first_row + place.y;
     let path = params.paths_at + row * PATH_WORDS;
     let seen = params.line + data[path];
     let begin = place.z * SPLIT;
     let end = min(begin + SPLIT, seen);
-    // The first position to attend to, and where its tile begins.
+    // The first position to attend to.
     let start = max(begin, seen - min(seen, params.window));
-    let first = begin + (start - begin) / TILE * TILE;
+    if start >= end {
+        return;
+    }
 
     let pairs = params.head_dim / 2u;
     let row_pairs = params.kv_heads * pairs;
     let head_pair = head / params.group * pairs;
-    for (var d = index; d < params.head_dim; d += TILE) {
-        query[d] = q[row * params.q_stride + head * params.head_dim + d] * params.scale;
+    if index < pairs {
+        let at = row * params.q_stride + head * params.head_dim + 2u * index;
+        query[index] = vec2<f32>(q[at], q[at + 1u]) * params.scale;
     }
-    // Pairs index and index + 64 of the output.
-    var low = vec2<f32>();
-    var high = vec2<f32>();
-    var most = -3.0e38;
-    var total = 0.0;
-    for (var tile = first; tile < end; tile += TILE) {
-        let count = min(TILE, end - tile);
-        let skip = max(start, tile) - tile;
-        workgroupBarrier();
-        if index >= skip && index < count {
-            let place = slot(path, tile + index);
-            let at = place * row_pairs + head_pair;
-            var score = 0.0;
-            for (var i = 0u; i < pairs; i++) {
-                let pair = key_pair(at + i);
-                score = fma(query[2u * i], pair.x, score);
-                score = fma(query[2u * i + 1u], pair.y, score);
-            }
-            slots[index] = place;
-            scores[index] = score;
-        }
-        workgroupBarrier();
-        var larger = most;
-        for (var i = skip; i < count; i++) {
-            larger = max(larger, scores[i]);
-        }
-        workgroupBarrier();
-        if index >= skip && index < count {
-            scores[index] = exp(scores[index] - larger);
-        }
-        let fade = exp(most - larger);
-        most = larger;
-        total *= fade;
-        low *= fade;
-        high *= fade;
-        workgroupBarrier();
-        for (var i = skip; i < count; i++) {
-            let weight = scores[i];
-            let at = slots[i] * row_pairs + head_pair;
-            total += weight;
-            if index < pairs {
-                low = fma(vec2<f32>(weight), value_pair(at + index), low);
-            }
-            if index + TILE < pairs {
-                high = fma(vec2<f32>(weight), value_pair(at + index + TILE), high);
-            }
-        }
-    }
+    scores[index] = LEAST;
+    // (Threads without a position of their own name one that is seen: it is read, and has no weight.)
+    slots[index] = slot(path, clamp(begin + index, start, end - 1u));
+    workgroupBarrier();
 
-    if start >= end {
+    // Several scores at a time, so that reads of keys need not wait for one another.
+    let lane = index % LANES;
+    for (var first = 0u; first < end - begin; first += SCORES * AT_ONCE) {
+        var sums: array<f32, SCORES>;
+        var places: array<u32, SCORES>;
+        for (var k = 0u; k < SCORES; k++) {
+            places[k] = slots[first + k * AT_ONCE + index / LANES] * row_pairs + head_pair;
+        }
+        for (var p = lane; p < pairs; p += LANES) {
+            let wanted = query[p];
+            for (var k = 0u; k < SCORES; k++) {
+                let pair = key_pair(places[k] + p);
+                sums[k] = fma(wanted.y, pair.y, fma(wanted.x, pair.x, sums[k]));
+            }
+        }
+        for (var k = 0u; k < SCORES; k++) {
+            let score = sum8(sums[k], index);
+            let i = first + k * AT_ONCE + index / LANES;
+            if lane == 0u && begin + i >= start && begin + i < end {
+                scores[i] = score;
+            }
+        }
+    }
+    workgroupBarrier();
+    if index < 16u {
+        var of_some = LEAST;
+        for (var i = 0u; i < SPLIT / 16u; i++) {
+            of_some = max(of_some, scores[index * (SPLIT / 16u) + i]);
+        }
+        largest[index] = of_some;
+    }
+    workgroupBarrier();
+    var most = LEAST;
+    for (var i = 0u; i < 16u; i++) {
+        most = max(most, largest[i]);
+    }
+    scores[index] = exp(scores[index] - most);
+    workgroupBarrier();
+
+    // Group g has the positions g, g + groups, ...; a thread of it has one pair of elements, and reads
+    // those of several positions at a time.
+    let groups = SPLIT / pairs;
+    let group = index / pairs;
+    let pair = index % pairs;
+    var sum = vec3<f32>();
+    if group < groups {
+        for (var i = group; i < end - begin; i += VALUES * groups) {
+            var values: array<vec2<f32>, VALUES>;
+            var weights: array<f32, VALUES>;
+            for (var k = 0u; k < VALUES; k++) {
+                let at = min(i + k * groups, SPLIT - 1u);
+                values[k] = value_pair(slots[at] * row_pairs + head_pair + pair);
+                weights[k] = select(0.0, scores[at], i + k * groups < SPLIT);
+            }
+            for (var k = 0u; k < VALUES; k++) {
+                sum += vec3<f32>(weights[k] * values[k], weights[k]);
+            }
+        }
+    }
+    group_sums[index] = sum;
+    workgroupBarrier();
+    if index >= pairs {
         return;
+    }
+    for (var g = 1u; g < groups; g++) {
+        sum += group_sums[g * pairs + index];
     }
     if seen <= SPLIT {
         let to = row * params.q_stride + head * params.head_dim + 2u * index;
-        if index < pairs {
-            out[to] = low.x / total;
-            out[to + 1u] = low.y / total;
-        }
-        if index + TILE < pairs {
-            out[to + 2u * TILE] = high.x / total;
-            out[to + 2u * TILE + 1u] = high.y / total;
-        }
+        out[to] = sum.x / sum.z;
+        out[to + 1u] = sum.y / sum.z;
         return;
     }
     // Largest score, sum of exponentials, sums.
     let to = ((place.y * places.x + head) * params.splits + place.z) * (params.head_dim + 2u);
     if index == 0u {
         partial[to] = most;
-        partial[to + 1u] = total;
+        partial[to + 1u] = sum.z;
     }
-    if index < pairs {
-        partial[to + 2u + 2u * index] = low.x;
-        partial[to + 3u + 2u * index] = low.y;
-    }
-    if index + TILE < pairs {
-        partial[to + 2u + 2u * (index + TILE)] = high.x;
-        partial[to + 3u + 2u * (index + TILE)] = high.y;
-    }
+    partial[to + 2u + 2u * index] = sum.x;
+    partial[to + 3u + 2u * index] = sum.y;
 }

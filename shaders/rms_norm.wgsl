@@ -1,40 +1,35 @@
 // out = x / sqrt(mean(x^2) + epsilon) * weight, a workgroup to a row.
 
 struct Params {
+    // Elements of a row.
     cols: u32,
+    // vec4s of a row, which zeros fill up.
     stride: u32,
     epsilon: f32,
 }
 
-@group(0) @binding(0) var<storage, read> x: array<f32>;
-@group(0) @binding(1) var<storage, read> weight: array<f32>;
-@group(0) @binding(2) var<storage, read_write> out: array<f32>;
+@group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> weight: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
 @group(1) @binding(0) var<uniform> params: Params;
 
-const THREADS = 128u;
-const PIECES = THREADS / SUBGROUP;
-
-var<workgroup> partial: array<f32, PIECES>;
-
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) row: vec3<u32>, thread: Thread) {
     let index = thread_index(thread);
     let base = row.x * params.stride;
-    var sum = 0.0;
-    for (var i = index; i < params.cols; i += THREADS) {
-        sum = fma(x[base + i], x[base + i], sum);
+    var squares = vec4<f32>();
+    for (var i = index; i < params.stride; i += THREADS) {
+        squares = fma(x[base + i], x[base + i], squares);
     }
-    sum = subgroup_sum(sum);
-    if index % SUBGROUP == 0u {
-        partial[index / SUBGROUP] = sum;
-    }
-    workgroupBarrier();
-    var total = 0.0;
-    for (var p = 0u; p < PIECES; p++) {
-        total += partial[p];
-    }
-    let scale = 1.0 / sqrt(total / f32(params.cols) + params.epsilon);
-    for (var i = index; i < params.cols; i += THREADS) {
-        out[base + i] = x[base + i] * scale * weight[i];
+    let mean = total(index, squares) / f32(params.cols);
+    let scale = 1.0 / sqrt(mean + params.epsilon);
+    for (var first = 0u; first < params.stride; first += THREADS) {
+        let i = first + index;
+        var values = vec4<f32>();
+        if i < params.stride {
+            values = x[base + i] * scale * weight[i];
+            out[base + i] = values;
+        }
+        round_block(base + i, i < params.stride, values, index);
     }
 }

@@ -10,11 +10,16 @@ struct Params {
 @group(1) @binding(0) var<uniform> params: Params;
 
 @compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-    if id.x < params.stride {
-        let i = id.y * params.stride + id.x;
-        let g = gate[i];
+fn main(@builtin(workgroup_id) place: vec3<u32>, thread: Thread) {
+    let index = thread_index(thread);
+    let i = place.x * 64u + index;
+    let at = place.y * params.stride + i;
+    var values = vec4<f32>();
+    if i < params.stride {
+        let g = gate[at];
         // Far below zero exp(-g) would overflow; what is left of g is nothing there.
-        gate[i] = g / (1.0 + exp(min(-g, vec4<f32>(80.0)))) * up[i];
+        values = g / (1.0 + exp(min(-g, vec4<f32>(80.0)))) * up[at];
+        gate[at] = values;
     }
+    round_block(at, i < params.stride, values, index);
 }

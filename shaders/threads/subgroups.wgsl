@@ -1,5 +1,5 @@
-// Sums across SUBGROUP threads are exchanged in registers. SUBGROUP is the least size of a subgroup
-// that the device has, 32 at most: larger subgroups are used as several of that size.
+// Sums across threads are exchanged in registers: subgroups have 8 threads at least, and larger ones
+// are used as several of 8.
 
 struct Thread {
     @builtin(subgroup_id) subgroup: u32,
@@ -13,11 +13,16 @@ fn thread_index(thread: Thread) -> u32 {
     return thread.subgroup * thread.size + thread.lane;
 }
 
-// The same tree whatever the device's own sum would do.
-fn subgroup_sum(x: f32) -> f32 {
-    var sum = x;
-    for (var distance = 1u; distance < SUBGROUP; distance <<= 1u) {
-        sum += subgroupShuffleXor(sum, distance);
-    }
-    return sum;
+// The sum of 8 neighbours; the same tree whatever the device's own sum would do.
+fn sum8(x: f32, index: u32) -> f32 {
+    var sum = x + subgroupShuffleXor(x, 4u);
+    sum += subgroupShuffleXor(sum, 2u);
+    return sum + subgroupShuffleXor(sum, 1u);
+}
+
+// The largest of 8 neighbours.
+fn max8(x: f32, index: u32) -> f32 {
+    var most = max(x, subgroupShuffleXor(x, 4u));
+    most = max(most, subgroupShuffleXor(most, 2u));
+    return max(most, subgroupShuffleXor(most, 1u));
 }

@@ -20,7 +20,7 @@ use crate::model::Model;
 ///
 /// A pass over n rows takes at least max(weight bytes / read bandwidth, n x MACs / rate of byte
 /// products). Both limits are measured in the same rounds. Passes run over a cache of 128 rows,
-/// with logits for every row. On a GPU the limit is the bandwidth of a copy.
+/// with logits for every row. On a GPU the limit is the bandwidth of a shader that only reads.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// A GGUF file [default: the built-in target]

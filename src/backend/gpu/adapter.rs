@@ -89,6 +89,15 @@ impl Adapter {
         self.limits.max_compute_workgroup_storage_size
     }
 
+    /// Whether its workgroups are large enough for tiled products: 256 threads that share up to
+    /// 26 KiB.
+    pub(super) fn has_room_for_tiles(&self) -> bool {
+        let limits = &self.limits;
+        limits.max_compute_invocations_per_workgroup >= 256
+            && limits.max_compute_workgroup_size_x >= 256
+            && limits.max_compute_workgroup_storage_size >= 26 << 10
+    }
+
     /// The least and the largest size of a subgroup, if threads of a subgroup can exchange values.
     pub fn subgroups(&self) -> Option<(u32, u32)> {
         let sizes = (self.info.subgroup_min_size, self.info.subgroup_max_size);

@@ -29,7 +29,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug)]
 pub(super) struct Storage {
     /// Unique among all buffers of the device.
-    id: u64,
+    pub id: u64,
     pub raw: wgpu::Buffer,
     /// Bind groups whose last buffer this is, by layout and the other buffers.
     groups: Mutex<Groups>,
@@ -128,10 +128,13 @@ struct Speed {
 }
 
 impl Device {
-    pub fn open(adapter: &Adapter, subgroups: bool) -> Result<Self> {
+    pub fn open(adapter: &Adapter, subgroups: bool, f16: bool) -> Result<Self> {
         let mut features = wgpu::Features::empty();
         if subgroups {
             features |= wgpu::Features::SUBGROUP;
+        }
+        if f16 {
+            features |= wgpu::Features::SHADER_F16;
         }
         if adapter.has_timestamps() {
             features |= wgpu::Features::TIMESTAMP_QUERY;

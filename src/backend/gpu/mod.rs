@@ -7,10 +7,10 @@
 //! device's binding limit. A pass records dispatches, which become one compute pass in one submission
 //! (several where that would take the device too long), and nothing waits until results are read.
 //!
-//! A product takes up to eight rows of activations at once, and adds each element up in the same order
-//! however many there are. Compilers of drivers may still disagree from one shader to the next: the
-//! first time that a weight type is loaded its shaders are compared, and where they differ in a bit
-//! the widest is used for any number of rows.
+//! A product takes up to eight rows of activations at once, or tiles of 32 of many, and adds each
+//! element up in the same order however many there are. Compilers of drivers may still disagree from
+//! one shader to the next: the first time that a weight type is loaded its shaders are compared, and
+//! where they differ in a bit the one for eight rows is used for any number.
 
 mod adapter;
 mod device;
@@ -27,16 +27,23 @@ use crate::error::{Error, Result};
 use crate::gguf::{SharedTensor, Tensor};
 use crate::quant::BlockType;
 use device::{Arena, Device, Op, Storage, lock};
-use shaders::{COLUMNS, Frame, MAX_HEAD, PATH_WORDS, SPLIT, Shader, TILE_ROWS};
+use shaders::{COLUMNS, Frame, MAX_HEAD, PATH_WORDS, SPLIT, Shader, TILE_COLUMNS, TILE_ROWS};
 
 pub use adapter::Adapter;
 pub use device::KernelTimes;
+pub use shaders::Arithmetic;
 
 /// Rows of activations are padded with zeros to whole chunks.
 const CHUNK: usize = 32;
 
 /// The most workgroups in one direction.
 const MOST_GROUPS: usize = 65535;
+
+/// A workgroup of a product has so many weight rows, or more.
+const LEAST_GROUP_ROWS: usize = 8;
+
+/// More rows of activations than these go in tiles: two columns of eight cost less than a tile.
+const MOST_UNTILED_ROWS: usize = 16;
 
 /// Bytes that partial sums of attention may take; rows go in several dispatches if they would take
 /// more.
@@ -51,22 +58,26 @@ pub struct Variants {
     /// Sums are exchanged in registers where the device has subgroups, else through workgroup
     /// memory alone.
     pub subgroups: bool,
-    /// Products of quantized weights are products of bytes: activations are rounded to blocks of
-    /// 32 signed bytes.
-    pub int8: bool,
-    /// Products take eight rows of activations always, however many there are.
+    /// How activations are multiplied with quantized weights; `None` is the fastest within the
+    /// numerics contract: bytes, or single precision on software devices, which have no products of
+    /// bytes.
+    pub arithmetic: Option<Arithmetic>,
+    /// Products with more than eight rows of activations share them, and unpacked weights, among
+    /// threads.
+    pub tiles: bool,
+    /// Products take eight rows of activations always, however many there are; there are no tiles.
     pub padded: bool,
 }
 
 impl Default for Variants {
     fn default() -> Self {
-        Variants { subgroups: true, int8: false, padded: false }
+        Variants { subgroups: true, arithmetic: None, tiles: true, padded: false }
     }
 }
 
 impl Variants {
-    /// The defaults, changed as the environment variable `MTAD_GPU` says: a list of `subgroups`,
-    /// `int8`, `padded`, each possibly after `no-`.
+    /// The defaults, changed as the environment variable `MTAD_GPU` says: a list of `f32`, `int8`
+    /// or `f16`, and `subgroups`, `tiles`, `padded`, each of these possibly after `no-`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for another word.
@@ -86,12 +97,15 @@ impl Variants {
                 None => (word, true),
             };
             match name {
+                "f32" if on => variants.arithmetic = Some(Arithmetic::F32),
+                "int8" if on => variants.arithmetic = Some(Arithmetic::Int8),
+                "f16" if on => variants.arithmetic = Some(Arithmetic::F16),
                 "subgroups" => variants.subgroups = on,
-                "int8" => variants.int8 = on,
+                "tiles" => variants.tiles = on,
                 "padded" => variants.padded = on,
                 _ => {
                     return Err(Error::invalid(format!(
-                        "MTAD_GPU has `{word}`; there are subgroups, int8, padded, and each with no- before it"
+                        "MTAD_GPU has `{word}`; there are f32, int8, f16, and subgroups, tiles, padded, each with or without no- before it"
                     )));
                 }
             }
@@ -106,16 +120,27 @@ pub struct Gpu {
     adapter: Adapter,
     device: Device,
     variants: Variants,
-    /// Threads that exchange sums in registers.
-    subgroup: u32,
+    /// How activations are multiplied with quantized weights.
+    arithmetic: Arithmetic,
+    /// Whether sums are exchanged in registers.
+    subgroups: bool,
     /// The most bytes of a part of a matrix.
     part_limit: usize,
     /// Tensors on the device, by where they lie in memory: one that is used twice is there once.
     uploads: Mutex<HashMap<(usize, usize), Weak<Parts>>>,
-    /// For each type that was loaded, whether its shaders agree for every number of rows.
-    agreeing: Mutex<HashMap<BlockType, bool>>,
-    /// Bound where a product has no bias.
+    /// For each type that was loaded, which of its shaders agree.
+    agreeing: Mutex<HashMap<BlockType, Agreement>>,
+    /// Bound where a product has no bias, or no scales.
     nothing: Arc<Storage>,
+}
+
+/// Which shaders of a weight type give the same bits, and so can be used side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Agreement {
+    /// Those for 1, 2, 4 and 8 rows of activations: else the last is used for any number.
+    columns: bool,
+    /// Those for tiles with them: else there are none.
+    tiles: bool,
 }
 
 impl Gpu {
@@ -132,23 +157,34 @@ impl Gpu {
     /// # Errors
     /// [`Error::Device`] with the driver's reason.
     pub fn with(adapter: &Adapter, variants: Variants) -> Result<Self> {
-        let subgroup = match adapter.subgroups().filter(|_| variants.subgroups) {
-            // (32 at most share a sum; what is no power of two has never been seen.)
-            Some((least, _)) if least.is_power_of_two() => least.min(32),
-            _ => 1,
-        };
+        // (Eight threads share a sum; what is no power of two has never been seen.)
+        let fits = |&(least, _): &(u32, u32)| least >= 8 && least.is_power_of_two();
+        let subgroups = variants.subgroups && adapter.subgroups().as_ref().is_some_and(fits);
         if !adapter.reads_f16() {
             let what = "has no compute shaders that read half precision; use `--device cpu`";
             return Err(Error::Device { device: adapter.name().to_owned(), what: what.to_owned() });
         }
-        let device = Device::open(adapter, subgroup > 1)?;
+        let arithmetic = match variants.arithmetic {
+            Some(arithmetic) => arithmetic,
+            None if adapter.is_software() => Arithmetic::F32,
+            None => Arithmetic::Int8,
+        };
+        if arithmetic == Arithmetic::F16 && !adapter.has_f16() {
+            let what = "does not compute in half precision, which MTAD_GPU asks for (`f16`)";
+            return Err(Error::Device { device: adapter.name().to_owned(), what: what.to_owned() });
+        }
+        let device = Device::open(adapter, subgroups, arithmetic == Arithmetic::F16)?;
         let nothing = device.storage(16);
         device.check()?;
         Ok(Gpu {
             part_limit: device.binding_limit() as usize - 64,
             adapter: adapter.clone(),
-            variants,
-            subgroup,
+            variants: Variants {
+                tiles: variants.tiles && adapter.has_room_for_tiles(),
+                ..variants
+            },
+            arithmetic,
+            subgroups,
             device,
             uploads: Mutex::default(),
             agreeing: Mutex::default(),
@@ -168,24 +204,44 @@ impl Gpu {
 
     /// The weight types whose shaders disagreed, so that the widest is used for any number of rows.
     pub fn padded_types(&self) -> Vec<BlockType> {
-        let agreeing = lock(&self.agreeing);
-        agreeing.iter().filter(|(_, agree)| !**agree).map(|(block, _)| *block).collect()
+        self.types_that(|agreement| !agreement.columns)
     }
 
-    /// What of it is used, for people: `subgroups of 8, f32 activations`.
+    /// The weight types for which there are no tiles, though there could be: their shaders disagreed.
+    pub fn untiled_types(&self) -> Vec<BlockType> {
+        let tiles = self.variants.tiles && !self.variants.padded;
+        self.types_that(|agreement| tiles && agreement.columns && !agreement.tiles)
+    }
+
+    fn types_that(&self, fits: impl Fn(&Agreement) -> bool) -> Vec<BlockType> {
+        let agreeing = lock(&self.agreeing);
+        agreeing.iter().filter(|(_, found)| fits(found)).map(|(block, _)| *block).collect()
+    }
+
+    /// How activations are multiplied with weights of a type.
+    fn arithmetic_with(&self, block: BlockType) -> Arithmetic {
+        if block.is_float() { Arithmetic::F32 } else { self.arithmetic }
+    }
+
+    /// What of it is used, for people: `subgroups, f32 activations, tiles`.
     pub fn kernels(&self) -> String {
-        let mut out = match self.subgroup {
-            1 => "shared memory".to_owned(),
-            n => format!("subgroups of {n}"),
+        let Variants { tiles, padded, .. } = self.variants;
+        let mut out = if self.subgroups { "subgroups" } else { "shared memory" }.to_owned();
+        out += &format!(", {} activations", self.arithmetic.name());
+        let names = |types: Vec<BlockType>| {
+            let names: Vec<_> = types.iter().map(|t| t.name()).collect();
+            (!names.is_empty()).then(|| names.join(" "))
         };
-        out += if self.variants.int8 { ", int8 activations" } else { ", f32 activations" };
-        match self.padded_types().as_slice() {
-            _ if self.variants.padded => out += ", padded",
-            [] => {}
-            types => {
-                let names: Vec<_> = types.iter().map(|t| t.name()).collect();
-                out += &format!(", padded for {}", names.join(" "));
-            }
+        match (padded, tiles) {
+            (true, _) => out += ", padded",
+            (false, true) => out += ", tiles",
+            (false, false) => {}
+        }
+        if let Some(types) = names(self.untiled_types()) {
+            out += &format!(" (not for {types})");
+        }
+        if let Some(types) = names(self.padded_types()).filter(|_| !padded) {
+            out += &format!(", padded for {types}");
         }
         out
     }
@@ -214,25 +270,34 @@ impl Gpu {
         self.device.finish()
     }
 
-    /// Bytes per second that a copy on the device reads and writes together, over `bytes` of memory.
+    /// Bytes per second at which a shader reads a buffer of `bytes` (or as many as bind at once),
+    /// again and again.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn copy_bandwidth(&self, bytes: usize) -> Result<f64> {
-        let bytes = bytes.min(self.part_limit).next_multiple_of(16) as u64;
-        let (from, to) = (self.device.storage(bytes), self.device.storage(bytes));
-        let copy = |times: usize| {
-            let mut arena = self.device.arena();
-            arena.work.copies = vec![(from.clone(), to.clone(), bytes); times];
+    pub fn read_bandwidth(&self, bytes: usize) -> Result<f64> {
+        const GROUPS: usize = 4096;
+        let bytes = bytes.min(self.part_limit) / 16 * 16;
+        let (source, out) = (self.device.storage(bytes as u64), self.device.storage(16));
+        let rows = Rows { tokens: &[0], line: 0, first_slot: 0, paths: &[1], rotations: &[] };
+        let read = |times: usize| {
             let start = std::time::Instant::now();
-            let done = self.device.submit(&mut arena).and_then(|()| self.device.finish());
-            self.device.give_back(arena);
-            done.map(|()| start.elapsed().as_secs_f64())
+            self.pass(&rows, 0, |pass| {
+                for _ in 0..times {
+                    let params = [(bytes / 16) as u32, 256 * GROUPS as u32];
+                    let shader = Shader::plain(Frame::Stream);
+                    pass.dispatch(shader, &[&source, &out], &params, [GROUPS, 1, 1], bytes / 16);
+                }
+                Ok(())
+            })?;
+            self.device.finish()?;
+            Ok::<_, Error>(start.elapsed().as_secs_f64())
         };
-        copy(1)?;
-        // So many that what a submission costs is nothing beside them.
-        let times = (1 << 28) / bytes.max(1 << 20) as usize + 4;
-        Ok(2.0 * (times as u64 * bytes) as f64 / copy(times)?)
+        // (The first time, memory is cleared and the shader compiled.)
+        let once = read(1).and_then(|_| read(1))?;
+        // For so long that what a submission costs is nothing beside it.
+        let times = (0.05 / once).clamp(1.0, 100.0) as usize;
+        Ok((times * bytes) as f64 / read(times)?)
     }
 
     /// The rows of a tensor on the device.
@@ -244,7 +309,7 @@ impl Gpu {
             return Ok(parts);
         }
         let row_bytes = tensor.row_bytes();
-        let most = (self.part_limit / row_bytes).min(MOST_GROUPS * TILE_ROWS as usize);
+        let most = (self.part_limit / row_bytes).min(MOST_GROUPS * LEAST_GROUP_ROWS);
         if most == 0 {
             return Err(Error::unsupported(
                 tensor.file,
@@ -272,6 +337,8 @@ impl Gpu {
         readable(&view)?;
         let mut floats = vec![0.0; view.rows * view.cols];
         view.block_type.dequantize(view.bytes, &mut floats);
+        // As rows of activations are.
+        floats.resize(floats.len().next_multiple_of(CHUNK), 0.0);
         self.device.upload(bytemuck::cast_slice(&floats))
     }
 
@@ -295,19 +362,16 @@ impl Gpu {
         Ok(())
     }
 
-    /// Whether the shaders of a type agree for every number of rows; tried with the first rows of
-    /// the first matrix of that type.
-    fn agree(&self, tensor: &Tensor<'_>) -> Result<bool> {
-        if let Some(agree) = lock(&self.agreeing).get(&tensor.block_type) {
-            return Ok(*agree);
+    /// Which shaders of a type agree; tried with the first rows of the first matrix of that type.
+    fn agreement(&self, tensor: &Tensor<'_>) -> Result<Agreement> {
+        if let Some(agreement) = lock(&self.agreeing).get(&tensor.block_type) {
+            return Ok(*agreement);
         }
         let rows = tensor.rows.min(2 * TILE_ROWS as usize);
         let bytes = self.device.upload(&tensor.bytes[..rows * tensor.row_bytes()])?;
         let part = Part { first: 0, rows, bytes };
-        let parts = Parts { parts: vec![part], _tensor: None };
-        let mut matrix = Matrix::new(tensor, Arc::new(parts), None, false);
-        matrix.rows = rows;
-        let most = COLUMNS[COLUMNS.len() - 1] as usize;
+        let parts = Arc::new(Parts { parts: vec![part], _tensor: None });
+        let most = TILE_COLUMNS as usize;
         let mut state = 1u32;
         let x: Vec<f32> = std::iter::repeat_with(|| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -315,8 +379,9 @@ impl Gpu {
         })
         .take(most * tensor.cols)
         .collect();
-        let product = |x: &[f32]| -> Result<Vec<u32>> {
-            let n = x.len() / tensor.cols;
+        let product = |n: usize, agreement: Agreement| -> Result<Vec<u32>> {
+            let mut matrix = Matrix::new(tensor, parts.clone(), None, agreement);
+            matrix.rows = rows;
             let pass = Rows {
                 tokens: &vec![0; n],
                 line: 0,
@@ -326,21 +391,27 @@ impl Gpu {
             };
             let (mut from, mut to) = (self.buffer(tensor.cols), self.buffer(rows));
             self.pass(&pass, 0, |pass| {
-                pass.write(x, &mut from);
+                pass.write(&x[..n * tensor.cols], &mut from);
                 pass.linear(&from, &mut [(&matrix, &mut to)]);
                 Ok(())
             })?;
             let mut copy = Vec::new();
             Ok(self.read(&to, &mut copy)?.iter().map(|x| x.to_bits()).collect())
         };
-        let together = product(&x)?;
-        let mut agree = true;
-        for &columns in &COLUMNS[..COLUMNS.len() - 1] {
-            let few = columns as usize;
-            agree &= product(&x[..few * tensor.cols])? == together[..few * rows];
+        let mut agreement = Agreement { columns: true, tiles: false };
+        let all = product(most, agreement)?;
+        if !self.variants.padded {
+            for &columns in &COLUMNS[..COLUMNS.len() - 1] {
+                let few = columns as usize;
+                agreement.columns &= product(few, agreement)? == all[..few * rows];
+            }
         }
-        lock(&self.agreeing).insert(tensor.block_type, agree);
-        Ok(agree)
+        if self.variants.tiles && !self.variants.padded && agreement.columns {
+            let tiles = Agreement { tiles: true, ..agreement };
+            agreement.tiles = product(most, tiles)? == all;
+        }
+        lock(&self.agreeing).insert(tensor.block_type, agreement);
+        Ok(agreement)
     }
 }
 
@@ -378,7 +449,7 @@ pub struct Matrix {
     row_bytes: usize,
     parts: Arc<Parts>,
     bias: Option<Arc<Storage>>,
-    padded: bool,
+    agreement: Agreement,
 }
 
 impl Matrix {
@@ -386,7 +457,7 @@ impl Matrix {
         tensor: &Tensor<'_>,
         parts: Arc<Parts>,
         bias: Option<Arc<Storage>>,
-        padded: bool,
+        agreement: Agreement,
     ) -> Self {
         Matrix {
             block: tensor.block_type,
@@ -395,7 +466,7 @@ impl Matrix {
             row_bytes: tensor.row_bytes(),
             parts,
             bias,
-            padded,
+            agreement,
         }
     }
 }
@@ -409,7 +480,12 @@ pub struct Vector {
 
 /// An embedding table on the device.
 #[derive(Debug)]
-pub struct Embedding(Matrix);
+pub struct Embedding {
+    block: BlockType,
+    cols: usize,
+    row_bytes: usize,
+    parts: Arc<Parts>,
+}
 
 /// Activations on the device: rows of `width` f32, each padded with zeros.
 #[derive(Debug)]
@@ -475,10 +551,10 @@ impl Backend for Gpu {
             self.floats(bias)
         });
         let parts = self.parts(weight)?;
-        let padded = self.variants.padded || !self.agree(&view)?;
+        let agreement = self.agreement(&view)?;
         // The device holds it now: the mapped pages need not stay in memory too.
         weight.release();
-        Ok(Matrix::new(&view, parts, bias.transpose()?, padded))
+        Ok(Matrix::new(&view, parts, bias.transpose()?, agreement))
     }
 
     fn vector(&self, weight: &SharedTensor) -> Result<Vector> {
@@ -488,7 +564,9 @@ impl Backend for Gpu {
 
     fn embedding(&self, weight: &SharedTensor) -> Result<Embedding> {
         let view = weight.view();
-        Ok(Embedding(Matrix::new(&view, self.parts(weight)?, None, false)))
+        let parts = self.parts(weight)?;
+        let (block, row_bytes) = (view.block_type, view.row_bytes());
+        Ok(Embedding { block, cols: view.cols, row_bytes, parts })
     }
 
     fn buffer(&self, width: usize) -> Buffer {
@@ -619,6 +697,8 @@ pub struct GpuPass<'p> {
     paths_at: u32,
     /// Where the rotations are.
     rotations_at: u32,
+    /// The buffer whose rows lie rounded to bytes beside it, if it was the last to be written.
+    rounded: Option<u64>,
     /// The first thing that went wrong.
     failed: Option<Error>,
 }
@@ -642,7 +722,7 @@ impl<'p> GpuPass<'p> {
         }
         let rotations_at = data.len() as u32;
         data.extend(rows.rotations.iter().flatten().map(|x| x.to_bits()));
-        GpuPass { gpu, rows, arena, paths_at, rotations_at, failed: None }
+        GpuPass { gpu, rows, arena, paths_at, rotations_at, rounded: None, failed: None }
     }
 
     /// Submits what was recorded, unless recording it failed.
@@ -666,6 +746,9 @@ impl<'p> GpuPass<'p> {
     ) {
         if groups.contains(&0) {
             return;
+        }
+        if !shader.is_product() {
+            self.rounded = None;
         }
         let device = &self.gpu.device;
         let buffers: Vec<&Storage> = buffers.iter().map(|buffer| &***buffer).collect();
@@ -733,19 +816,32 @@ impl<'p> GpuPass<'p> {
         if self.failed.is_some() {
             return;
         }
+        let Variants { padded, .. } = self.gpu.variants;
+        let Agreement { columns, tiles } = matrix.agreement;
         let widest = COLUMNS[COLUMNS.len() - 1];
-        let columns = match matrix.padded {
-            true => widest,
-            false => *COLUMNS.iter().find(|&&n| n as usize >= x.rows).unwrap_or(&widest),
+        // The least that is enough, or the largest.
+        let fits = COLUMNS.iter().copied().find(|&n| n as usize >= x.rows).unwrap_or(widest);
+        let (frame, columns) = match tiles && x.rows > MOST_UNTILED_ROWS {
+            true => (Frame::Tiled, TILE_COLUMNS),
+            false if padded || !columns => (Frame::Matmul, widest),
+            false => (Frame::Matmul, fits),
         };
-        let int8 = self.gpu.variants.int8 && !matrix.block.is_float();
-        let frame = if int8 { Frame::MatmulInt8 } else { Frame::Matmul };
+        if self.rounded == Some(out.storage().id) {
+            self.rounded = None;
+        }
+        let arithmetic = self.gpu.arithmetic_with(matrix.block);
+        let subgroups = self.gpu.subgroups && frame == Frame::Matmul;
         let shader =
-            Shader { columns, subgroup: self.gpu.subgroup, ..Shader::weights(frame, matrix.block) };
-        let scratch = int8.then(|| (self.arena.scratch[1].clone(), self.arena.scratch[2].clone()));
+            Shader { arithmetic, columns, subgroups, ..Shader::weights(frame, matrix.block) };
         let nothing = self.gpu.nothing.clone();
         let bias = matrix.bias.as_ref().unwrap_or(&nothing);
-        let x_stride = if int8 { x.stride / CHUNK } else { x.stride / 4 };
+        let (values, scales) = match (arithmetic, &self.arena.scratch) {
+            (Arithmetic::F32, _) => (x.storage().clone(), nothing.clone()),
+            (_, [_, Some(values), Some(scales), _]) => (values.clone(), scales.clone()),
+            _ => unreachable!("activations are rounded before their products"),
+        };
+        let x_stride = if arithmetic == Arithmetic::Int8 { x.stride / CHUNK } else { x.stride / 4 };
+        let column_groups = x.rows.div_ceil(columns as usize);
         for part in &matrix.parts.parts {
             let params = [
                 matrix.cols,
@@ -760,24 +856,18 @@ impl<'p> GpuPass<'p> {
                 usize::from(add),
             ]
             .map(|n| n as u32);
-            let groups =
-                [part.rows.div_ceil(TILE_ROWS as usize), x.rows.div_ceil(columns as usize), 1];
-            let cost = part.rows * matrix.cols * x.rows;
-            match &scratch {
-                Some((Some(bytes), Some(scales))) => {
-                    let buffers = [&part.bytes, bytes, scales, bias, out.storage()];
-                    self.dispatch(shader, &buffers, &params, groups, cost);
-                }
-                _ => {
-                    let buffers = [&part.bytes, x.storage(), bias, out.storage()];
-                    self.dispatch(shader, &buffers, &params, groups, cost);
-                }
-            }
+            let row_groups = part.rows.div_ceil(shader.group_rows());
+            let groups = match frame {
+                Frame::Tiled => [column_groups, row_groups, 1],
+                _ => [row_groups, column_groups, 1],
+            };
+            let buffers = [&part.bytes, &values, &scales, bias, out.storage()];
+            self.dispatch(shader, &buffers, &params, groups, part.rows * matrix.cols * x.rows);
         }
     }
 
     /// Rows of a table: those of the tokens, or those of the positions, which are added.
-    fn look_up(&mut self, table: &Matrix, by_position: bool, out: &Buffer) {
+    fn look_up(&mut self, table: &Embedding, by_position: bool, out: &Buffer) {
         assert_eq!(table.cols, out.width);
         let n = self.rows.len();
         let chunks = table.cols.div_ceil(CHUNK);
@@ -803,14 +893,28 @@ impl<'p> GpuPass<'p> {
         }
     }
 
-    /// Rounds activations to bytes, if a product of this pass wants them so.
-    fn quantize(&mut self, x: &Buffer, mut matrices: impl Iterator<Item = BlockType>) {
-        if !self.gpu.variants.int8 || matrices.all(BlockType::is_float) {
+    /// Rounds activations to bytes or halves, if a product of this pass wants them so.
+    fn round(&mut self, x: &Buffer, mut matrices: impl Iterator<Item = BlockType>) {
+        let wanted = |block| self.gpu.arithmetic_with(block);
+        let Some(arithmetic) = matrices.find(|&b| wanted(b) != Arithmetic::F32).map(wanted) else {
+            return;
+        };
+        if arithmetic == Arithmetic::F16 {
+            let halves = self.scratch(1, x.rows * x.stride / 2);
+            let scales = self.scratch(2, x.rows);
+            return self.dispatch(
+                Shader { arithmetic, ..Shader::plain(Frame::Halve) },
+                &[x.storage(), &halves, &scales],
+                &[x.stride4()],
+                [x.rows, 1, 1],
+                x.rows * x.stride,
+            );
+        }
+        if self.rounded == Some(x.storage().id) {
             return;
         }
+        let [bytes, scales] = self.room_for_bytes(x);
         let blocks = x.stride / CHUNK;
-        let bytes = self.scratch(1, x.rows * blocks * 8);
-        let scales = self.scratch(2, x.rows * blocks);
         self.dispatch(
             Shader::plain(Frame::Quantize),
             &[x.storage(), &bytes, &scales],
@@ -818,6 +922,35 @@ impl<'p> GpuPass<'p> {
             [blocks.div_ceil(64), x.rows, 1],
             x.rows * x.stride,
         );
+    }
+
+    /// Where the rows of `x` lie as blocks of bytes, and their scales.
+    fn room_for_bytes(&mut self, x: &Buffer) -> [Arc<Storage>; 2] {
+        let blocks = x.rows * x.stride / CHUNK;
+        [self.scratch(1, blocks * 8), self.scratch(2, blocks)]
+    }
+
+    /// Runs a frame over rows of activations that products read next: where these want bytes, it
+    /// writes them too, which saves a dispatch. `out` is among `buffers`.
+    fn activations(
+        &mut self,
+        frame: Frame,
+        out: &Buffer,
+        buffers: &[&Arc<Storage>],
+        params: &[u32],
+        groups: [usize; 3],
+    ) {
+        let mut buffers = buffers.to_vec();
+        let shader = Shader { subgroups: self.gpu.subgroups, ..Shader::plain(frame) };
+        let cost = out.rows * out.stride;
+        if self.gpu.arithmetic != Arithmetic::Int8 {
+            return self.dispatch(shader, &buffers, params, groups, cost);
+        }
+        let [bytes, scales] = self.room_for_bytes(out);
+        buffers.extend([&bytes, &scales]);
+        let shader = Shader { arithmetic: Arithmetic::Int8, ..shader };
+        self.dispatch(shader, &buffers, params, groups, cost);
+        self.rounded = out.storage.as_ref().map(|storage| storage.id);
     }
 
     /// Makes room for the rows of this pass in a layer.
@@ -848,17 +981,18 @@ impl Pass<Gpu> for GpuPass<'_> {
     fn embed(&mut self, table: &Embedding, out: &mut Buffer) {
         let n = self.rows.len();
         self.set_rows(out, n);
-        self.look_up(&table.0, false, out);
+        self.look_up(table, false, out);
     }
 
     fn add_positions(&mut self, table: &Embedding, x: &mut Buffer) {
         assert_eq!(x.rows, self.rows.len());
-        self.look_up(&table.0, true, x);
+        self.look_up(table, true, x);
     }
 
     fn write(&mut self, rows: &[f32], out: &mut Buffer) {
         assert_eq!(rows.len() % out.width, 0);
         self.set_rows(out, rows.len() / out.width);
+        self.rounded = None;
         if self.failed.is_some() {
             return;
         }
@@ -874,12 +1008,12 @@ impl Pass<Gpu> for GpuPass<'_> {
     fn rms_norm(&mut self, x: &Buffer, weight: &Vector, epsilon: f32, out: &mut Buffer) {
         assert_eq!((x.width, x.width), (out.width, weight.len));
         self.set_rows(out, x.rows);
-        self.dispatch(
-            Shader { subgroup: self.gpu.subgroup, ..Shader::plain(Frame::RmsNorm) },
+        self.activations(
+            Frame::RmsNorm,
+            out,
             &[x.storage(), &weight.floats, out.storage()],
-            &[x.width as u32, x.stride as u32, epsilon.to_bits()],
+            &[x.width as u32, x.stride4(), epsilon.to_bits()],
             [x.rows, 1, 1],
-            x.rows * x.width,
         );
     }
 
@@ -893,24 +1027,24 @@ impl Pass<Gpu> for GpuPass<'_> {
     ) {
         assert_eq!([x.width; 3], [out.width, weight.len, bias.len]);
         self.set_rows(out, x.rows);
-        self.dispatch(
-            Shader { subgroup: self.gpu.subgroup, ..Shader::plain(Frame::LayerNorm) },
+        self.activations(
+            Frame::LayerNorm,
+            out,
             &[x.storage(), &weight.floats, &bias.floats, out.storage()],
-            &[x.width as u32, x.stride as u32, epsilon.to_bits()],
+            &[x.width as u32, x.stride4(), epsilon.to_bits()],
             [x.rows, 1, 1],
-            2 * x.rows * x.width,
         );
     }
 
     fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
-        self.quantize(x, to.iter().map(|(matrix, _)| matrix.block));
+        self.round(x, to.iter().map(|(matrix, _)| matrix.block));
         for (matrix, out) in to.iter_mut() {
             self.product(x, matrix, out, false);
         }
     }
 
     fn linear_add(&mut self, x: &Buffer, weight: &Matrix, out: &mut Buffer) {
-        self.quantize(x, std::iter::once(weight.block));
+        self.round(x, std::iter::once(weight.block));
         self.product(x, weight, out, true);
     }
 
@@ -1001,7 +1135,10 @@ impl Pass<Gpu> for GpuPass<'_> {
                 window,
             ];
             self.dispatch(
-                Shader::cache(Frame::Attend, cache.is_f16()),
+                Shader {
+                    subgroups: self.gpu.subgroups,
+                    ..Shader::cache(Frame::Attend, cache.is_f16())
+                },
                 &[q.storage(), keys, values, &partial, out.storage()],
                 &params,
                 [heads, rows, splits],
@@ -1030,12 +1167,12 @@ impl Pass<Gpu> for GpuPass<'_> {
 
     fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
         assert_eq!((gate.stride, gate.rows), (up.stride, up.rows));
-        self.dispatch(
-            Shader::plain(Frame::Swiglu),
+        self.activations(
+            Frame::Swiglu,
+            gate,
             &[gate.storage(), up.storage()],
             &[gate.stride4()],
             [(gate.stride / 4).div_ceil(64), gate.rows, 1],
-            gate.rows * gate.stride,
         );
     }
 

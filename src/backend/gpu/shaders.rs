@@ -12,15 +12,23 @@ pub(super) const MAX_HEAD: usize = 256;
 /// Words of a row's path: how many tree rows it sees, and their places, four to a word.
 pub(super) const PATH_WORDS: usize = 1 + 128 / 4;
 
-/// Weight rows that a thread of a product has at once.
-pub(super) const ROWS: u32 = 2;
+/// Ranges of columns that a row of weights is cut into, each of which eight threads share. (Of 2, 4 and
+/// 8, on an NVIDIA H200: 2 leaves it idle while it waits for memory, 8 makes tiles a fifth slower.)
+const RANGES: u32 = 4;
 
-/// Weight rows of a workgroup of a product.
-pub(super) const TILE_ROWS: u32 = 4 * ROWS;
+/// Groups of threads of a product that have weight rows of their own: 128 threads in all.
+const GROUPS: u32 = 128 / (8 * RANGES);
 
 /// Rows of activations that a product takes at once: the least that is enough, or several times
 /// the largest.
 pub(super) const COLUMNS: [u32; 4] = [1, 2, 4, 8];
+
+/// Weight rows that a thread of a tiled product has, and weight rows of its tile.
+const TILED_ROWS: u32 = 4;
+pub(super) const TILE_ROWS: u32 = 32;
+
+/// Rows of activations of a tile.
+pub(super) const TILE_COLUMNS: u32 = 32;
 
 /// What a binding of a frame is to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,8 +44,9 @@ pub(super) enum Frame {
     RmsNorm,
     LayerNorm,
     Matmul,
+    Tiled,
     Quantize,
-    MatmulInt8,
+    Halve,
     RotateStore,
     Attend,
     Combine,
@@ -46,6 +55,29 @@ pub(super) enum Frame {
     Gather,
     MoveRows,
     Largest,
+    Stream,
+}
+
+/// How a product multiplies activations with quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    /// In single precision.
+    F32,
+    /// As bytes: activations are rounded to blocks of 32 signed ones.
+    Int8,
+    /// In half precision, chunks of 32 added up in single: activations are rounded to halves.
+    F16,
+}
+
+impl Arithmetic {
+    /// Its word in `MTAD_GPU`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arithmetic::F32 => "f32",
+            Arithmetic::Int8 => "int8",
+            Arithmetic::F16 => "f16",
+        }
+    }
 }
 
 /// What a shader is joined from; fields that a frame has no use for have their least value.
@@ -54,10 +86,12 @@ pub(super) struct Shader {
     pub frame: Frame,
     /// The type of the weights.
     pub block: Option<BlockType>,
+    /// How activations are multiplied.
+    pub arithmetic: Arithmetic,
     /// Rows of activations at once.
     pub columns: u32,
-    /// Threads that exchange sums in registers; 1 is none.
-    pub subgroup: u32,
+    /// Whether threads exchange sums in registers.
+    pub subgroups: bool,
     /// Whether the cache is stored in half precision.
     pub cache_f16: bool,
 }
@@ -65,7 +99,14 @@ pub(super) struct Shader {
 impl Shader {
     /// A frame that needs nothing else.
     pub fn plain(frame: Frame) -> Self {
-        Shader { frame, block: None, columns: 1, subgroup: 1, cache_f16: false }
+        Shader {
+            frame,
+            block: None,
+            arithmetic: Arithmetic::F32,
+            columns: 1,
+            subgroups: false,
+            cache_f16: false,
+        }
     }
 
     /// A frame over weights.
@@ -82,14 +123,18 @@ impl Shader {
     pub fn access(&self) -> &'static [Access] {
         use Access::{Read, Write};
         match self.frame {
-            Frame::Embed | Frame::Gather | Frame::Combine | Frame::Largest => &[Read, Write],
+            Frame::Embed | Frame::Gather | Frame::Combine | Frame::Largest | Frame::Stream => {
+                &[Read, Write]
+            }
+            Frame::RmsNorm if self.rounds() => &[Read, Read, Write, Write, Write],
             Frame::RmsNorm => &[Read, Read, Write],
+            Frame::LayerNorm if self.rounds() => &[Read, Read, Read, Write, Write, Write],
             Frame::LayerNorm => &[Read, Read, Read, Write],
-            Frame::Matmul => &[Read, Read, Read, Write],
-            Frame::Quantize => &[Read, Write, Write],
-            Frame::MatmulInt8 => &[Read, Read, Read, Read, Write],
+            Frame::Matmul | Frame::Tiled => &[Read, Read, Read, Read, Write],
+            Frame::Quantize | Frame::Halve => &[Read, Write, Write],
             Frame::RotateStore => &[Write, Read, Read, Write, Write],
             Frame::Attend => &[Read, Read, Read, Write, Write],
+            Frame::Swiglu if self.rounds() => &[Write, Read, Write, Write],
             Frame::Swiglu => &[Write, Read],
             Frame::Relu => &[Write],
             Frame::MoveRows => &[Write, Write],
@@ -103,8 +148,9 @@ impl Shader {
             Frame::RmsNorm => "rms_norm",
             Frame::LayerNorm => "layer_norm",
             Frame::Matmul => "matmul",
+            Frame::Tiled => "tiled",
             Frame::Quantize => "quantize",
-            Frame::MatmulInt8 => "matmul_int8",
+            Frame::Halve => "halve",
             Frame::RotateStore => "rotate_store",
             Frame::Attend => "attend",
             Frame::Combine => "combine",
@@ -113,23 +159,66 @@ impl Shader {
             Frame::Gather => "gather",
             Frame::MoveRows => "move_rows",
             Frame::Largest => "largest",
+            Frame::Stream => "stream",
         }
         .to_owned();
         if let Some(block) = self.block {
             name += &format!(" {block}");
         }
-        if matches!(self.frame, Frame::Matmul | Frame::MatmulInt8) {
+        if self.is_product() {
+            if self.arithmetic != Arithmetic::F32 {
+                name += &format!(" {}", self.arithmetic.name());
+            }
             name += &format!(" x{}", self.columns);
         }
         name
     }
 
+    /// Weight rows that a thread of a product has at once: the more rows of activations there are, the
+    /// more it pays to read one once for several rows of weights.
+    fn thread_rows(&self) -> u32 {
+        match (self.frame, self.columns) {
+            (Frame::Tiled, _) => TILED_ROWS,
+            (_, ..=2) => 2,
+            _ => 4,
+        }
+    }
+
+    /// Weight rows of a workgroup of a product.
+    pub fn group_rows(&self) -> usize {
+        match self.frame {
+            Frame::Tiled => TILE_ROWS as usize,
+            _ => (GROUPS * self.thread_rows()) as usize,
+        }
+    }
+
+    pub fn is_product(&self) -> bool {
+        matches!(self.frame, Frame::Matmul | Frame::Tiled)
+    }
+
     /// Its WGSL.
     pub fn source(&self) -> String {
         let Shader { columns, cache_f16, .. } = self;
-        let mut out = format!(
-            "const COLUMNS = {columns}u;\nconst ROWS = {ROWS}u;\nconst CACHE_F16 = {cache_f16};\n\
-             const SPLIT = {SPLIT}u;\nconst MAX_HEAD = {MAX_HEAD}u;\nconst PATH_WORDS = {PATH_WORDS}u;\n"
+        let (words, minima, offset) = self.block.map_or((8, false, 0), scales);
+        let lengths = [
+            ("ROWS", self.thread_rows()),
+            ("COLUMNS", *columns),
+            ("EACH", columns / TILED_ROWS),
+            ("WORDS", words),
+            ("SCORES", 4),
+            ("VALUES", 8),
+        ];
+        let mut out = String::new();
+        if self.arithmetic == Arithmetic::F16 {
+            out += "enable f16;\n";
+        }
+        for (name, length) in lengths {
+            out += &format!("const {name} = {length}u;\n");
+        }
+        out += &format!(
+            "const RANGES = {RANGES}u;\nconst GROUPS = {GROUPS}u;\nconst MINIMA = {minima};\n\
+             const OFFSET = {offset}i;\nconst CACHE_F16 = {cache_f16};\nconst SPLIT = {SPLIT}u;\n\
+             const MAX_HEAD = {MAX_HEAD}u;\nconst PATH_WORDS = {PATH_WORDS}u;\n"
         );
         out += include_str!("../../../shaders/pass.wgsl");
         out += match self.frame {
@@ -137,8 +226,9 @@ impl Shader {
             Frame::RmsNorm => include_str!("../../../shaders/rms_norm.wgsl"),
             Frame::LayerNorm => include_str!("../../../shaders/layer_norm.wgsl"),
             Frame::Matmul => include_str!("../../../shaders/matmul.wgsl"),
+            Frame::Tiled => include_str!("../../../shaders/tiled.wgsl"),
             Frame::Quantize => include_str!("../../../shaders/quantize.wgsl"),
-            Frame::MatmulInt8 => include_str!("../../../shaders/matmul_int8.wgsl"),
+            Frame::Halve => include_str!("../../../shaders/halve.wgsl"),
             Frame::RotateStore => include_str!("../../../shaders/rotate_store.wgsl"),
             Frame::Attend => include_str!("../../../shaders/attend.wgsl"),
             Frame::Combine => include_str!("../../../shaders/combine.wgsl"),
@@ -147,65 +237,113 @@ impl Shader {
             Frame::Gather => include_str!("../../../shaders/gather.wgsl"),
             Frame::MoveRows => include_str!("../../../shaders/move_rows.wgsl"),
             Frame::Largest => include_str!("../../../shaders/largest.wgsl"),
+            Frame::Stream => include_str!("../../../shaders/stream.wgsl"),
         };
-        if matches!(self.frame, Frame::Matmul | Frame::MatmulInt8) {
+        if self.is_product() {
             out += include_str!("../../../shaders/product.wgsl");
+            out += match (self.frame, self.arithmetic) {
+                (Frame::Tiled, Arithmetic::F32) => include_str!("../../../shaders/tiled/f32.wgsl"),
+                (Frame::Tiled, Arithmetic::Int8) => {
+                    include_str!("../../../shaders/tiled/int8.wgsl")
+                }
+                (Frame::Tiled, Arithmetic::F16) => include_str!("../../../shaders/tiled/f16.wgsl"),
+                (_, Arithmetic::F32) => include_str!("../../../shaders/product/f32.wgsl"),
+                (_, Arithmetic::Int8) => include_str!("../../../shaders/product/int8.wgsl"),
+                (_, Arithmetic::F16) => include_str!("../../../shaders/product/f16.wgsl"),
+            };
+        }
+        if matches!(self.frame, Frame::RmsNorm | Frame::LayerNorm) {
+            out += include_str!("../../../shaders/total.wgsl");
+        }
+        if self.rounds() {
+            let first = self.access().len() - 2;
+            for (at, name, element) in [(first, "bytes", "u32"), (first + 1, "scales", "f32")] {
+                out += &format!(
+                    "@group(0) @binding({at}) var<storage, read_write> {name}: array<{element}>;\n"
+                );
+            }
+            out += include_str!("../../../shaders/rounded/bytes.wgsl");
+        } else if self.may_round() {
+            out += include_str!("../../../shaders/rounded/not.wgsl");
         }
         if self.sums() {
-            if self.subgroup > 1 {
-                out += &format!("const SUBGROUP = {}u;\n", self.subgroup);
-                out += include_str!("../../../shaders/threads/subgroups.wgsl");
-            } else {
-                out += include_str!("../../../shaders/threads/shared.wgsl");
-            }
+            out += match self.subgroups {
+                true => include_str!("../../../shaders/threads/subgroups.wgsl"),
+                false => include_str!("../../../shaders/threads/shared.wgsl"),
+            };
         }
         if let Some(block) = self.block {
             out += include_str!("../../../shaders/bytes.wgsl");
             block_files(block).iter().for_each(|file| out += file);
+            if self.arithmetic == Arithmetic::F16 {
+                out += include_str!("../../../shaders/quantized_f16.wgsl");
+            }
         }
-        unrolled(&out, *columns)
+        unrolled(&out, &lengths)
     }
 
-    /// Whether threads add up sums.
-    pub fn sums(&self) -> bool {
-        use Frame::{LayerNorm, Matmul, MatmulInt8, RmsNorm};
-        matches!(self.frame, Matmul | MatmulInt8 | RmsNorm | LayerNorm)
+    /// Whether threads exchange sums.
+    fn sums(&self) -> bool {
+        matches!(self.frame, Frame::Matmul | Frame::Attend) || self.may_round()
     }
 
-    /// Every shader that can be asked for, with subgroups of each size.
+    /// Whether it writes activations that products may read.
+    fn may_round(&self) -> bool {
+        matches!(self.frame, Frame::RmsNorm | Frame::LayerNorm | Frame::Swiglu)
+    }
+
+    /// Whether it writes its activations as bytes too.
+    fn rounds(&self) -> bool {
+        self.may_round() && self.arithmetic == Arithmetic::Int8
+    }
+
+    /// Every shader that can be asked for.
     #[cfg(test)]
     pub fn all() -> Vec<Shader> {
         let mut all = Vec::new();
-        for subgroup in [1, 4, 8, 16, 32] {
-            let norms = [Frame::RmsNorm, Frame::LayerNorm];
-            all.extend(norms.map(|norm| Shader { subgroup, ..Shader::plain(norm) }));
-            for block in BlockType::READABLE {
-                for columns in COLUMNS {
-                    let frames: &[_] = match block.is_float() {
-                        true => &[Frame::Matmul],
-                        false => &[Frame::Matmul, Frame::MatmulInt8],
-                    };
-                    all.extend(frames.iter().map(|&frame| Shader {
-                        subgroup,
-                        columns,
-                        ..Shader::weights(frame, block)
-                    }));
-                }
+        for subgroups in [false, true] {
+            for frame in [Frame::RmsNorm, Frame::LayerNorm, Frame::Swiglu] {
+                let arithmetics = [Arithmetic::F32, Arithmetic::Int8];
+                all.extend(arithmetics.map(|a| Shader {
+                    arithmetic: a,
+                    subgroups,
+                    ..Shader::plain(frame)
+                }));
             }
         }
-        all.extend(BlockType::READABLE.map(|block| Shader::weights(Frame::Embed, block)));
+        for block in BlockType::READABLE {
+            all.push(Shader::weights(Frame::Embed, block));
+            let arithmetics: &[_] = match block.is_float() {
+                true => &[Arithmetic::F32],
+                false => &[Arithmetic::F32, Arithmetic::Int8, Arithmetic::F16],
+            };
+            for &arithmetic in arithmetics {
+                let product = |frame, columns, subgroups| Shader {
+                    arithmetic,
+                    columns,
+                    subgroups,
+                    ..Shader::weights(frame, block)
+                };
+                for columns in COLUMNS {
+                    all.extend([false, true].map(|s| product(Frame::Matmul, columns, s)));
+                }
+                all.push(product(Frame::Tiled, TILE_COLUMNS, false));
+            }
+        }
         for cache_f16 in [false, true] {
             all.push(Shader::cache(Frame::RotateStore, cache_f16));
-            all.push(Shader::cache(Frame::Attend, cache_f16));
+            let attend = Shader::cache(Frame::Attend, cache_f16);
+            all.extend([false, true].map(|subgroups| Shader { subgroups, ..attend }));
         }
+        all.push(Shader { arithmetic: Arithmetic::F16, ..Shader::plain(Frame::Halve) });
         let plain = [
             Frame::Quantize,
             Frame::Combine,
-            Frame::Swiglu,
             Frame::Relu,
             Frame::Gather,
             Frame::MoveRows,
             Frame::Largest,
+            Frame::Stream,
         ];
         all.extend(plain.map(Shader::plain));
         all
@@ -216,7 +354,7 @@ impl Shader {
 ///
 /// Drivers differ in which loops they unroll, and an array that a loop goes through is kept in
 /// registers only if they do.
-fn unrolled(source: &str, columns: u32) -> String {
+fn unrolled(source: &str, lengths: &[(&str, u32)]) -> String {
     const HEAD: &str = "for (var ";
     let Some(at) = source.find(HEAD) else { return source.to_owned() };
     let (before, loop_) = source.split_at(at);
@@ -229,26 +367,29 @@ fn unrolled(source: &str, columns: u32) -> String {
         };
         open + loop_[open..].char_indices().find(ends).expect("braces match").0
     };
-    let (body, after) = (unrolled(&loop_[open..=close], columns), &loop_[close + 1..]);
+    let (body, after) = (unrolled(&loop_[open..=close], lengths), &loop_[close + 1..]);
     let mut out = before.to_owned();
-    match turns(&loop_[HEAD.len()..open], columns) {
+    match turns(&loop_[HEAD.len()..open], lengths) {
         Some((name, turns)) => {
             turns.for_each(|turn| out += &replaced(&body, name, &format!("{turn}u")));
         }
         None => out += &format!("{}{body}", &loop_[..open]),
     }
-    out + &unrolled(after, columns)
+    out + &unrolled(after, lengths)
 }
 
 /// The variable of a loop and its values, from `i = 0u; i < 8u; i += 2u) `, if they are few.
-fn turns(head: &str, columns: u32) -> Option<(&str, impl Iterator<Item = u32>)> {
+fn turns<'a>(
+    head: &'a str,
+    lengths: &[(&str, u32)],
+) -> Option<(&'a str, impl Iterator<Item = u32>)> {
     let number = |text: &str| text.strip_suffix('u').and_then(|n| n.parse().ok());
     let mut parts = head.trim().strip_suffix(')')?.split("; ");
     let name = parts.next()?.strip_suffix(" = 0u")?;
-    let end = match parts.next()?.strip_prefix(name)?.strip_prefix(" < ")? {
-        "ROWS" => ROWS,
-        "COLUMNS" => columns,
-        other => number(other)?,
+    let end = parts.next()?.strip_prefix(name)?.strip_prefix(" < ")?;
+    let end = match lengths.iter().find(|(name, _)| *name == end) {
+        Some((_, length)) => *length,
+        None => number(end)?,
     };
     let step = match parts.next()?.strip_prefix(name)? {
         "++" => 1,
@@ -272,6 +413,25 @@ fn replaced(text: &str, word: &str, by: &str) -> String {
 }
 
 /// The files that read the blocks of a type.
+/// How many of the eight words of a chunk of weights share a scale, whether they have minima beside
+/// their scales, and by how much they are stored larger than they are.
+fn scales(block: BlockType) -> (u32, bool, i32) {
+    use BlockType::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K};
+    let words = match block {
+        Q2_K | Q3_K | Q6_K => 2,
+        Q4_K | Q5_K => 4,
+        _ => 8,
+    };
+    let offset = match block {
+        Q4_0 => 8,
+        Q5_0 => 16,
+        Q3_K => 4,
+        Q6_K => 32,
+        _ => 0,
+    };
+    (words, matches!(block, Q4_1 | Q5_1 | Q2_K | Q4_K | Q5_K), offset)
+}
+
 fn block_files(block: BlockType) -> Vec<&'static str> {
     const QUANTIZED: &str = include_str!("../../../shaders/quantized.wgsl");
     const NATURAL: &str = include_str!("../../../shaders/block/natural.wgsl");
@@ -317,21 +477,25 @@ mod tests {
                       for (var t = 0u; t < THREADS; t++) { for (var i = 0u; i < 8u; i += 4u) { f(i); } }";
         let written = "a { x[0u] = rr + 0u; }{ x[1u] = rr + 1u; } b \
                        for (var t = 0u; t < THREADS; t++) { { f(0u); }{ f(4u); } }";
-        assert_eq!(unrolled(source, 1), written);
+        assert_eq!(unrolled(source, &[("ROWS", 2)]), written);
         let shader = Shader { columns: 8, ..Shader::weights(Frame::Matmul, BlockType::IQ4_XS) };
-        let source = shader.source();
-        let loops: Vec<_> = source.matches("for (var ").collect();
-        // Over chunks, outputs, and the pieces of a sum.
-        assert_eq!(loops.len(), 3, "{source}");
+        let loops = |shader: Shader| shader.source().matches("for (var ").count();
+        // Over chunks, and the ranges at the end.
+        assert_eq!(loops(shader), 2);
+        // Over ranges, chunks, groups of a piece, and the lanes at the end of a range.
+        let tiled = Shader { frame: Frame::Tiled, columns: 32, ..shader };
+        assert_eq!(loops(tiled), 4);
     }
 
     /// Through the compiler inside wgpu, to every language that a device may want.
     #[test]
     fn every_shader_compiles_for_vulkan_metal_and_dx12() {
-        let capabilities = Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        let capabilities = Capabilities::SUBGROUP
+            | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+            | Capabilities::SHADER_FLOAT16;
         let mut sizes = (0, 0, 0);
         for shader in Shader::all() {
-            let name = format!("{} subgroup {}", shader.name(), shader.subgroup);
+            let name = format!("{} {:?}", shader.name(), shader);
             let source = shader.source();
             let module = naga::front::wgsl::parse_str(&source)
                 .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
@@ -351,7 +515,7 @@ mod tests {
                 msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
                     .unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
             let options = hlsl::Options {
-                shader_model: hlsl::ShaderModel::V6_0,
+                shader_model: hlsl::ShaderModel::V6_2,
                 fake_missing_bindings: true,
                 ..hlsl::Options::default()
             };

@@ -1,0 +1,33 @@
+// Activations in f16, each row with a scale: the inner loop of matmul.wgsl. A chunk's 32 products are
+// added in f16, two sums side by side; chunks are added in f32.
+
+@group(0) @binding(1) var<storage, read> x: array<vec4<f16>>;
+@group(0) @binding(2) var<storage, read> scales: array<f32>;
+
+fn accumulate(before: Sums, chunks: array<Chunk, ROWS>, c: u32, first_column: u32) -> Sums {
+    var sums = before;
+    var parts: array<array<vec2<f16>, COLUMNS>, ROWS>;
+    for (var i = 0u; i < 8u; i++) {
+        var w: array<vec4<f16>, ROWS>;
+        for (var r = 0u; r < ROWS; r++) {
+            w[r] = halves4(chunks[r], i);
+        }
+        let at = position(c, i);
+        for (var n = 0u; n < COLUMNS; n++) {
+            let v = x[x_row(first_column + n) + at];
+            for (var r = 0u; r < ROWS; r++) {
+                parts[r][n] = fma(w[r].zw, v.zw, fma(w[r].xy, v.xy, parts[r][n]));
+            }
+        }
+    }
+    for (var r = 0u; r < ROWS; r++) {
+        for (var n = 0u; n < COLUMNS; n++) {
+            sums.total[r][n] += f32(parts[r][n].x) + f32(parts[r][n].y);
+        }
+    }
+    return sums;
+}
+
+fn scaled(sum: f32, column: u32) -> f32 {
+    return sum * scales[min(column, params.columns - 1u)];
+}

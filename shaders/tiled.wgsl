@@ -1,0 +1,96 @@
+// A product for many rows of x: a workgroup has 32 rows of W and COLUMNS rows of x, reads each block of
+// W once and unpacks it into memory that it shares, as it does x.
+//
+// Its 256 threads are 8 lanes of 32: each lane has sums for all elements of the tile, of the chunks
+// that are that lane's (see product.wgsl), ROWS x EACH to a thread; at the end of a range lanes are
+// added. A chunk is shared in four pieces of two groups.
+
+const TILE_ROWS = 32u;
+// Places of a group are further apart than there are rows, so that lanes that write at once write to
+// different banks.
+const W_STEP = TILE_ROWS + 1u;
+const X_STEP = COLUMNS + 1u;
+// Groups of each lane in a piece.
+const PIECE = 2u;
+
+var<workgroup> memory: array<vec4<u32>, MEMORY>;
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) tile: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+) {
+    // (Neighbouring workgroups have the same weights.)
+    let first_row = tile.y * TILE_ROWS;
+    let first_column = tile.x * COLUMNS;
+    // What it fetches: a row of the tile, and one of 8 chunks that lie side by side.
+    let fetched = index / LANES;
+    let fetched_lane = index % LANES;
+    let base = w_row(first_row + fetched);
+    let x_base = x_row(first_column + fetched);
+    // What it multiplies: rows `row + 8 r` and columns `column + 4 n` of the tile.
+    let lane = index / TILE_ROWS;
+    let row = index % 8u;
+    let column = index % TILE_ROWS / 8u;
+
+    var totals: array<array<f32, EACH>, ROWS>;
+    for (var range = 0u; range < RANGES; range++) {
+        var sums: Sums;
+        let end = range_end(range);
+        for (var first = range_begin(range); first < end; first += LANES) {
+            let c = min(first + fetched_lane, params.chunks - 1u);
+            let chunk = load(base, c);
+            // (Each piece has its number as a constant: then the chunk stays in registers.)
+            for (var i = 0u; i < 8u; i += 2u) {
+                workgroupBarrier();
+                share_weights(chunk, i, fetched_lane, fetched);
+                if fetched < COLUMNS {
+                    share_x(x_base, c, i, fetched_lane, fetched);
+                }
+                workgroupBarrier();
+                // (A lane may have no chunk any more.)
+                if first + lane < end {
+                    sums = multiply(sums, i, lane, row, column);
+                }
+            }
+            if first + lane < end {
+                sums = end_of_chunk(sums);
+            }
+        }
+
+        for (var distance = LANES / 2u; distance > 0u; distance >>= 1u) {
+            workgroupBarrier();
+            if lane >= distance && lane < 2u * distance {
+                for (var n = 0u; n < EACH; n++) {
+                    let four = vec4<f32>(sums.total[0][n], sums.total[1][n],
+                                         sums.total[2][n], sums.total[3][n]);
+                    let at = ((lane - distance) * EACH + n) * TILE_ROWS + index % TILE_ROWS;
+                    memory[at] = bitcast<vec4<u32>>(four);
+                }
+            }
+            workgroupBarrier();
+            if lane < distance {
+                for (var n = 0u; n < EACH; n++) {
+                    let at = (lane * EACH + n) * TILE_ROWS + index % TILE_ROWS;
+                    let other = bitcast<vec4<f32>>(memory[at]);
+                    for (var r = 0u; r < ROWS; r++) {
+                        sums.total[r][n] += other[r];
+                    }
+                }
+            }
+        }
+        for (var n = 0u; n < EACH; n++) {
+            for (var r = 0u; r < ROWS; r++) {
+                totals[r][n] += sums.total[r][n];
+            }
+        }
+    }
+    if lane == 0u {
+        for (var n = 0u; n < EACH; n++) {
+            let to = first_column + column + 4u * n;
+            for (var r = 0u; r < ROWS; r++) {
+                store(first_row + row + 8u * r, to, scaled(totals[r][n], to));
+            }
+        }
+    }
+}
