@@ -251,7 +251,7 @@ def main():
     a.add_argument("--seed", default=1, type=int, help="of weights, order, questions and dropout")
     a.add_argument("--device", default="cpu", help="cpu or cuda")
     a.add_argument("--threads", default=os.cpu_count(), type=int, help="of the CPU")
-    a.add_argument("--compile", action="store_true", help="compile the layers with torch.compile, as GPUs want it")
+    a.add_argument("--compile", action="store_true", help="torch.compile the layers: faster, wants a C++ compiler")
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     a.work.mkdir(parents=True, exist_ok=True)
