@@ -1,8 +1,8 @@
 """The corpus, the tokenizer, and rows of tokens to train and measure on."""
 
 import itertools
+import signal
 import string
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -84,11 +84,11 @@ class TrainingRows:
     def from_step(self, step, ahead=3):
         """Batches without end. Epochs are made ahead of their time by other processes."""
         seen = 0
-        with ProcessPoolExecutor(ahead, get_context("fork")) as pool:
-            coming = [pool.submit(self.epoch, number) for number in range(ahead)]
+        with get_context("fork").Pool(ahead, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            coming = [pool.apply_async(self.epoch, (number,)) for number in range(ahead)]
             for number in itertools.count(ahead):
-                rows = coming.pop(0).result()
-                coming.append(pool.submit(self.epoch, number))
+                rows = coming.pop(0).get()
+                coming.append(pool.apply_async(self.epoch, (number,)))
                 yield from rows[max(0, step - seen):]
                 seen += len(rows)
 

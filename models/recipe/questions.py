@@ -54,7 +54,8 @@ def subtract(rng):
 def two_steps(rng):
     (a, b), n, m, t = people(rng, 2), rng.randint(1, 9), rng.randint(1, 9), rng.choice(THINGS)
     k = rng.randint(1, min(9, n + m))
-    return f"{a} has {n} {t}. {he(a)} finds {m} more. Then {he(a).lower()} gives {k} to {b}. How many {t} does {a} have left?", n + m - k
+    return (f"{a} has {n} {t}. {he(a)} finds {m} more. Then {he(a).lower()} gives {k} to {b}. "
+            f"How many {t} does {a} have left?", n + m - k)
 
 
 def compare(rng):

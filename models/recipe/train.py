@@ -3,7 +3,7 @@
     python models/recipe/train.py --corpus DIR --out models
 
 DIR holds tinystories_train.txt (trained on) and tinystories_valid.txt (measured on, never trained on).
-Stopped and started again with the same --work it goes on from the last checkpoint."""
+Stopped and started again with the same --work it goes on from the last checkpoint, of which there is one a minute."""
 
 import argparse
 import copy
@@ -218,33 +218,40 @@ def shape(text):
     return Config(width=width, layers=layers, heads=heads, ffn=ffn, context=ROW)
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
+
+
 def main():
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--corpus", required=True, type=Path)
-    a.add_argument("--out", default=Path("models"), type=Path)
-    a.add_argument("--work", default=Path("train-work"), type=Path, help="checkpoints")
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    a.add_argument("--corpus", required=True, type=Path, help="folder of the two texts")
+    a.add_argument("--out", default=Path("models"), type=Path, help="folder of target.gguf and draft.gguf")
+    a.add_argument("--work", default=Path("train-work"), type=Path,
+                   help="folder of the tokenizer and the checkpoints: a new training wants a new one")
     a.add_argument("--start", type=Path, help="begin with the weights of target.gguf and draft.gguf in this folder")
     a.add_argument("--keep-start", default=0.0, type=float,
                    help="share of the weights begun with in what is written: less forgotten, less learnt")
-    a.add_argument("--steps", default=2000, type=int)
+    a.add_argument("--steps", default=2000, type=int, help="of the teachers and the pair together")
     a.add_argument("--minutes", type=float, help="as many steps as fit into this time instead")
-    a.add_argument("--batch", default=8, type=int, help="rows of %d tokens in a step" % ROW)
-    a.add_argument("--target", default="7,256,4,768", type=shape, help="layers,width,heads,feed-forward")
+    a.add_argument("--batch", default=8, type=int, help=f"rows of {ROW} tokens in a step")
+    a.add_argument("--target", default="7,256,4,768", type=shape, help="layers,width,heads,feed-forward of the target")
     a.add_argument("--draft", default="2,128,2,256", type=shape, help="the same of the draft")
-    a.add_argument("--target-rate", default=2e-3, type=float, help="highest learning rate")
-    a.add_argument("--draft-rate", default=3e-3, type=float)
-    a.add_argument("--dropout", default=0.1, type=float, help="of the target")
+    a.add_argument("--target-rate", default=2e-3, type=float, help="highest learning rate of the target")
+    a.add_argument("--draft-rate", default=3e-3, type=float, help="the same of the draft")
+    a.add_argument("--dropout", default=0.1, type=float, help="of the target; the draft has none")
     a.add_argument("--weight-decay", default=0.1, type=float, help="of all but the draft, which has 0.1")
-    a.add_argument("--teachers", default=0, type=int, help="models that are trained first, and taught by")
+    a.add_argument("--teachers", default=0, type=int, help="models trained first, for the target to learn from")
     a.add_argument("--teacher", default="8,384,6,1152", type=shape, help="the shape of each")
-    a.add_argument("--teacher-rate", default=2e-3, type=float)
-    a.add_argument("--teacher-dropout", default=0.2, type=float)
-    a.add_argument("--teacher-share", default=0.4, type=float, help="of the steps or minutes, for the teachers")
-    a.add_argument("--target-type", default="Q8_0", choices=[kind.name for kind in MATRIX_TYPES])
-    a.add_argument("--seed", default=1, type=int)
+    a.add_argument("--teacher-rate", default=2e-3, type=float, help="their highest learning rate")
+    a.add_argument("--teacher-dropout", default=0.2, type=float, help="their dropout")
+    a.add_argument("--teacher-share", default=0.4, type=float, help="their part of the steps or minutes")
+    a.add_argument("--target-type", default="Q8_0", choices=[kind.name for kind in MATRIX_TYPES],
+                   help="of the target's matrices; its embedding and the draft have Q8_0")
+    a.add_argument("--seed", default=1, type=int, help="of weights, order, questions and dropout")
     a.add_argument("--device", default="cpu", help="cpu or cuda")
-    a.add_argument("--threads", default=os.cpu_count(), type=int)
-    a.add_argument("--compile", action="store_true", help="torch.compile of the layers, as GPUs want it")
+    a.add_argument("--threads", default=os.cpu_count(), type=int, help="of the CPU")
+    a.add_argument("--compile", action="store_true", help="torch.compile the layers: faster, wants a C++ compiler")
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     a.work.mkdir(parents=True, exist_ok=True)
@@ -261,7 +268,8 @@ def main():
     share = a.teacher_share if teachers else 0.0
     minutes = a.minutes or 0.0
     if teachers:
-        train(Teachers(teachers, a), rows, a, a.work / "teachers.pt", round(share * a.steps), share * minutes)
+        steps = max(1, round(share * a.steps))
+        train(Teachers(teachers, a), rows, a, a.work / "teachers.pt", steps, share * minutes)
         for teacher in teachers:
             say("teacher: %.4f over %d tokens held out" % held_out(teacher, valid))
     pair = {"target": Llama(a.target), "draft": Llama(a.draft)}
@@ -270,7 +278,8 @@ def main():
             begin_with(model, a.start / f"{name}.gguf")
         model.to(a.device)
     begun = [copy.deepcopy(model.state_dict()) for model in pair.values()]
-    train(Pair(*pair.values(), teachers, a), rows, a, a.work / "pair.pt", round((1 - share) * a.steps), (1 - share) * minutes)
+    steps = max(1, round((1 - share) * a.steps))
+    train(Pair(*pair.values(), teachers, a), rows, a, a.work / "pair.pt", steps, (1 - share) * minutes)
     for model, old in zip(pair.values(), begun):
         model.load_state_dict({k: torch.lerp(w, old[k], a.keep_start) for k, w in model.state_dict().items()})
 
@@ -278,8 +287,9 @@ def main():
     kinds = {"target": Type[a.target_type], "draft": Type.Q8_0}
     size = 0
     for name, model in pair.items():
-        export.write(a.out / f"{name}.gguf", tensors_of(model), model.config, sp, f"mtad stories {name}", note, kinds[name])
-        size += (a.out / f"{name}.gguf").stat().st_size
+        path = a.out / f"{name}.gguf"
+        export.write(path, tensors_of(model), model.config, sp, f"mtad stories {name}", note, kinds[name])
+        size += path.stat().st_size
     say(f"both files: {size:,} bytes{'' if size < LIMIT else f', more than {LIMIT:,}'}")
     measure(pair, kinds, sp, valid)
 
@@ -297,9 +307,12 @@ def measure(pair, kinds, sp, valid):
         if kind == kinds["target"]:
             continue
         model = rounded(pair["target"], kind)
-        say(f"target: {kind.name} {held_out(model, valid)[0]:.4f}, {export.size(tensors_of(model), kind):,} bytes of weights, "
-            f"right answers {answers(model, sp)['all']:.1%}")
+        say(f"target: {kind.name} {held_out(model, valid)[0]:.4f}, {export.size(tensors_of(model), kind):,} bytes of "
+            f"weights, right answers {answers(model, sp)['all']:.1%}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
