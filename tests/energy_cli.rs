@@ -184,8 +184,11 @@ fn a_command_can_be_the_meter_and_an_unreadable_one_is_named() {
         let out = json(&[
             "run",
             "Once upon a time",
+            // Long enough to be measured on any machine.
             "--strategy",
-            "greedy",
+            "beam",
+            "--beam-width",
+            "64",
             "--meter-root",
             root,
             "--meter",
