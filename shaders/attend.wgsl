@@ -2,9 +2,10 @@
 //
 // A workgroup has one query head of one row and SPLIT positions, a thread to each. Scores are dot
 // products of eight threads at a time, which read a key side by side; values are added up by groups of
-// threads, each of which has every so manieth position. Splits are ranges of *positions*, and what is
-// added in which order depends on positions alone, so the result depends neither on slots nor on other
-// rows. A row that sees more than one split leaves partial sums, which combine.wgsl merges.
+// threads, of which group g of G has the positions g, g + G and so on. Splits are ranges of
+// *positions*, and what is added in which order depends on positions alone, so the result depends
+// neither on slots nor on other rows. A row that sees more than one split leaves partial sums, which
+// combine.wgsl merges.
 
 struct Params {
     // Query heads that share a key/value head.

@@ -62,7 +62,7 @@ pub struct Variants {
     /// numerics contract: bytes, or single precision on software devices, which have no products of
     /// bytes.
     pub arithmetic: Option<Arithmetic>,
-    /// Products with more than eight rows of activations share them, and unpacked weights, among
+    /// Products with more than 16 rows of activations share them, and unpacked weights, among
     /// threads.
     pub tiles: bool,
     /// Products take eight rows of activations always, however many there are; there are no tiles.
