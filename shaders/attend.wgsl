@@ -159,16 +159,32 @@ fn main(
     }
     group_sums[index] = sum;
     workgroupBarrier();
-    if index >= pairs {
-        return;
-    }
-    for (var g = 1u; g < groups; g++) {
-        sum += group_sums[g * pairs + index];
+    if index < pairs {
+        for (var g = 1u; g < groups; g++) {
+            sum += group_sums[g * pairs + index];
+        }
+        // (Nobody else reads it before the next barrier.)
+        group_sums[index] = sum;
     }
     if seen <= SPLIT {
-        let to = row * params.q_stride + head * params.head_dim + 2u * index;
-        out[to] = sum.x / sum.z;
-        out[to + 1u] = sum.y / sum.z;
+        workgroupBarrier();
+        // Two pairs to a thread.
+        let first = head * params.head_dim + 4u * index;
+        var values = vec4<f32>();
+        for (var p = 0u; p < 2u; p++) {
+            let mine = 2u * index + p;
+            if mine < pairs {
+                let sum = group_sums[mine];
+                values[2u * p] = sum.x / sum.z;
+                values[2u * p + 1u] = sum.y / sum.z;
+                out[row * params.q_stride + first + 2u * p] = values[2u * p];
+                out[row * params.q_stride + first + 2u * p + 1u] = values[2u * p + 1u];
+            }
+        }
+        round_block(row, params.q_stride / 4u, first / 4u, 2u * index < pairs, values, index);
+        return;
+    }
+    if index >= pairs {
         return;
     }
     // Largest score, sum of exponentials, sums.

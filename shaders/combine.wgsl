@@ -18,8 +18,9 @@ struct Params {
 fn main(
     @builtin(workgroup_id) place: vec3<u32>,
     @builtin(num_workgroups) places: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
+    thread: Thread,
 ) {
+    let index = thread_index(thread);
     let row = params.first_row + place.y;
     let seen = params.line + data[params.paths_at + row * PATH_WORDS];
     if seen <= SPLIT {
@@ -34,15 +35,27 @@ fn main(
     for (var s = first + 1u; s < splits; s++) {
         most = max(most, partial[base + s * step]);
     }
-    for (var d = index; d < params.head_dim; d += 64u) {
-        var total = 0.0;
-        var sum = 0.0;
+    // Four elements to a thread: heads have 256 at most.
+    let d = 4u * index;
+    var total = 0.0;
+    var sums = vec4<f32>();
+    if d < params.head_dim {
         for (var s = first; s < splits; s++) {
             let at = base + s * step;
             let weight = exp(partial[at] - most);
             total = fma(weight, partial[at + 1u], total);
-            sum = fma(weight, partial[at + 2u + d], sum);
+            for (var k = 0u; k < 4u; k++) {
+                // (What is behind a short head is not used.)
+                sums[k] = fma(weight, partial[at + 2u + min(d + k, params.head_dim - 1u)], sums[k]);
+            }
         }
-        out[row * params.q_stride + place.x * params.head_dim + d] = sum / total;
     }
+    let values = sums / total;
+    let to = place.x * params.head_dim + d;
+    for (var k = 0u; k < 4u; k++) {
+        if d + k < params.head_dim {
+            out[row * params.q_stride + to + k] = values[k];
+        }
+    }
+    round_block(row, params.q_stride / 4u, to / 4u, d < params.head_dim, values, index);
 }

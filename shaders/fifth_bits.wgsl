@@ -1,5 +1,6 @@
-// Bits 4i to 4i + 3 of a word, each as bit 4 of a byte.
-fn fifth_bits(word: u32, i: u32) -> u32 {
-    let b = word >> (4u * i);
-    return ((b & 1u) << 4u) | ((b & 2u) << 11u) | ((b & 4u) << 18u) | ((b & 8u) << 25u);
+// Four bits of a word for each of four words, from bit `first` on, each as bit 4 of a byte.
+fn fifth_bits(word: u32, first: u32) -> vec4<u32> {
+    let b = vec4<u32>(word) >> (vec4<u32>(0u, 4u, 8u, 12u) + vec4<u32>(first));
+    return ((b & vec4<u32>(1u)) << vec4<u32>(4u)) | ((b & vec4<u32>(2u)) << vec4<u32>(11u))
+        | ((b & vec4<u32>(4u)) << vec4<u32>(18u)) | ((b & vec4<u32>(8u)) << vec4<u32>(25u));
 }

@@ -43,6 +43,6 @@ fn main(@builtin(workgroup_id) row: vec3<u32>, thread: Thread) {
             values = fma(distance_from(mean, base + i, i) * scale, weight[i], bias[i]);
             out[base + i] = values;
         }
-        round_block(base + i, i < params.stride, values, index);
+        round_block(row.x, params.stride, i, i < params.stride, values, index);
     }
 }

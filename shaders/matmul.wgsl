@@ -22,12 +22,19 @@ fn main(@builtin(workgroup_id) tile: vec3<u32>, thread: Thread) {
 
     var sums: Sums;
     let end = range_end(range);
-    for (var c = range_begin(range) + lane; c < end; c += LANES) {
-        var chunks: array<Chunk, ROWS>;
-        for (var r = 0u; r < ROWS; r++) {
-            chunks[r] = load(w_row(first_row + r), c);
+    for (var c = range_begin(range) + lane; c < end; c += AHEAD * LANES) {
+        // (All are on their way before the first is waited for; one behind the end is read again.)
+        var chunks: array<array<Chunk, ROWS>, AHEAD>;
+        for (var a = 0u; a < AHEAD; a++) {
+            for (var r = 0u; r < ROWS; r++) {
+                chunks[a][r] = load(w_row(first_row + r), min(c + a * LANES, params.chunks - 1u));
+            }
         }
-        sums = accumulate(sums, chunks, c, first_column);
+        for (var a = 0u; a < AHEAD; a++) {
+            if c + a * LANES < end {
+                sums = accumulate(sums, chunks[a], c + a * LANES, first_column);
+            }
+        }
     }
     for (var r = 0u; r < ROWS; r++) {
         for (var n = 0u; n < COLUMNS; n++) {

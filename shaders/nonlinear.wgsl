@@ -9,3 +9,8 @@ fn nonlinear(nibbles: u32) -> u32 {
     }
     return out;
 }
+
+fn nonlinear4(nibbles: vec4<u32>) -> vec4<u32> {
+    return vec4<u32>(nonlinear(nibbles.x), nonlinear(nibbles.y), nonlinear(nibbles.z),
+                     nonlinear(nibbles.w));
+}

@@ -1,4 +1,5 @@
-// What all products share: out = x W^T + bias, or added to out.
+// What all products share: out = x W^T + bias, or added to out. Several matrices that lie behind one
+// another are one W here, whose results go to up to three buffers (outputs/).
 //
 // A row of W is cut into RANGES ranges of chunks, each of which LANES lanes share: lane l adds up the
 // chunks l, l + LANES, ... of a range, in that order and each chunk's weights in one order; the lanes
@@ -6,22 +7,28 @@
 // is the same bits for any number of rows of x, in whichever frame.
 
 struct Params {
-    // Elements of a row of W, and chunks of 32 of them.
-    cols: u32,
+    // Chunks of 32 of a row of W, its bytes, and the rows of W.
     chunks: u32,
-    // Bytes of a row of W, and its rows.
     row_bytes: u32,
     rows: u32,
+    // Where W begins, in bytes.
+    begins: u32,
     // Rows of x.
     columns: u32,
-    // Groups of four (in bytes: blocks of 32) of a row of x; f32s of a row of out.
+    // Groups of four (in bytes: blocks of 32) of a row of x.
     x_stride: u32,
-    out_stride: u32,
     // The element of out that row 0 of W is.
     first: u32,
-    // Whether there is a bias, and whether out is added to.
-    has_bias: u32,
+    // The biases of out's elements begin there, or there are none.
+    bias_at: u32,
+    // Whether out is added to.
     add: u32,
+    // f32s of a row of out, and of the other outputs; the rows of W where those begin.
+    out_stride: u32,
+    second_stride: u32,
+    third_stride: u32,
+    second: u32,
+    third: u32,
 }
 
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
@@ -29,6 +36,7 @@ struct Params {
 @group(1) @binding(0) var<uniform> params: Params;
 
 const LANES = 8u;
+const NO_BIAS = 0xFFFFFFFFu;
 
 fn range_begin(range: u32) -> u32 {
     let chunks = (params.chunks + LANES * RANGES - 1u) / (LANES * RANGES) * LANES;
@@ -45,7 +53,7 @@ fn x_row(column: u32) -> u32 {
 }
 
 fn w_row(row: u32) -> u32 {
-    return min(row, params.rows - 1u) * params.row_bytes;
+    return params.begins + min(row, params.rows - 1u) * params.row_bytes;
 }
 
 fn store(row: u32, column: u32, product: f32) {
@@ -53,8 +61,11 @@ fn store(row: u32, column: u32, product: f32) {
         return;
     }
     var sum = product;
-    if params.has_bias != 0u {
-        sum += bias[params.first + row];
+    if params.bias_at != NO_BIAS {
+        sum += bias[params.bias_at + row];
+    }
+    if store_elsewhere(row, column, sum) {
+        return;
     }
     let at = column * params.out_stride + params.first + row;
     if params.add != 0u {

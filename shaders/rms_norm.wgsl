@@ -30,6 +30,6 @@ fn main(@builtin(workgroup_id) row: vec3<u32>, thread: Thread) {
             values = x[base + i] * scale * weight[i];
             out[base + i] = values;
         }
-        round_block(base + i, i < params.stride, values, index);
+        round_block(row.x, params.stride, i, i < params.stride, values, index);
     }
 }

@@ -1,17 +1,16 @@
-// The 6-bit scale and minimum of sub-block j (of 8) of a Q4_K or Q5_K block whose twelve packed
-// bytes begin at `at`, times d and -dmin.
-fn six_bits(at: u32, j: u32, dm: vec2<f32>) -> vec2<f32> {
-    var scale = byte(at + j);
-    var minimum = byte(at + j + 4u);
-    if j < 4u {
-        scale &= 63u;
-        minimum &= 63u;
-    } else {
-        // The byte with both low nibbles; the high bits are on top of the first eight bytes.
-        let low = minimum;
-        let top = byte(at + j - 4u) >> 6u;
-        minimum = (low >> 4u) | ((scale >> 6u) << 4u);
-        scale = (low & 15u) | (top << 4u);
+// A chunk of Q4_K or Q5_K: `head` is the first 16 bytes of its block: d and dmin, then the 6-bit scales and
+// minima of eight sub-blocks; `low` and `high` are weights of sub-blocks 2 pair and 2 pair + 1.
+fn paired_chunk(head: vec4<u32>, pair: u32, low: vec4<u32>, high: vec4<u32>) -> Chunk {
+    let dm = unpack2x16float(head.x);
+    // Two sub-blocks in two bytes each: scales, minima, and what the last four have of both.
+    let parts = head.yzw >> vec3<u32>((pair & 1u) * 16u);
+    var scales = parts.x & 0x3F3Fu;
+    var minima = parts.y & 0x3F3Fu;
+    if pair >= 2u {
+        scales = (parts.z & 0x0F0Fu) | ((parts.x >> 2u) & 0x3030u);
+        minima = ((parts.z >> 4u) & 0x0F0Fu) | ((parts.y >> 2u) & 0x3030u);
     }
-    return vec2<f32>(dm.x * f32(scale), -dm.y * f32(minimum));
+    return Chunk(array(low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w),
+                 dm.x * vec2<f32>(f32(scales & 255u), f32(scales >> 8u)),
+                 -dm.y * vec2<f32>(f32(minima & 255u), f32(minima >> 8u)));
 }

@@ -21,5 +21,5 @@ fn main(@builtin(workgroup_id) place: vec3<u32>, thread: Thread) {
         values = g / (1.0 + exp(min(-g, vec4<f32>(80.0)))) * up[at];
         gate[at] = values;
     }
-    round_block(at, i < params.stride, values, index);
+    round_block(place.y, params.stride, i, i < params.stride, values, index);
 }

@@ -3,15 +3,13 @@
 //
 // Its 256 threads are 8 lanes of 32: each lane has sums for all elements of the tile, of the chunks
 // that are that lane's (see product.wgsl), ROWS x EACH to a thread; at the end of a range lanes are
-// added. A chunk is shared in four pieces of two groups.
+// added. A chunk is shared in pieces of PIECE groups, while the next one is on its way.
 
 const TILE_ROWS = 32u;
 // Places of a group are further apart than there are rows, so that lanes that write at once write to
 // different banks.
 const W_STEP = TILE_ROWS + 1u;
 const X_STEP = COLUMNS + 1u;
-// Groups of each lane in a piece.
-const PIECE = 2u;
 
 var<workgroup> memory: array<vec4<u32>, MEMORY>;
 
@@ -34,14 +32,16 @@ fn main(
     let column = index % TILE_ROWS / 8u;
 
     var totals: array<array<f32, EACH>, ROWS>;
+    // (Where a range ends, the next begins.)
+    var chunk = load(base, min(fetched_lane, params.chunks - 1u));
     for (var range = 0u; range < RANGES; range++) {
         var sums: Sums;
         let end = range_end(range);
         for (var first = range_begin(range); first < end; first += LANES) {
             let c = min(first + fetched_lane, params.chunks - 1u);
-            let chunk = load(base, c);
+            let next = load(base, min(c + LANES, params.chunks - 1u));
             // (Each piece has its number as a constant: then the chunk stays in registers.)
-            for (var i = 0u; i < 8u; i += 2u) {
+            for (var i = 0u; i < 8u; i += PIECE) {
                 workgroupBarrier();
                 share_weights(chunk, i, fetched_lane, fetched);
                 if fetched < COLUMNS {
@@ -56,6 +56,7 @@ fn main(
             if first + lane < end {
                 sums = end_of_chunk(sums);
             }
+            chunk = next;
         }
 
         for (var distance = LANES / 2u; distance > 0u; distance >>= 1u) {

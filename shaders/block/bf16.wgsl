@@ -1,21 +1,14 @@
-// BF16: the upper half of an f32. Rows may end within a group, and begin within a word.
+// BF16: the upper half of an f32. Rows are filled up with zeros to whole chunks.
 
-struct Chunk { base: u32, column: u32 }
+struct Chunk { at: u32 }
 
 fn load(base: u32, c: u32) -> Chunk {
-    return Chunk(base, c * 32u);
-}
-
-fn weight(chunk: Chunk, column: u32) -> f32 {
-    if column >= params.cols {
-        return 0.0;
-    }
-    let at = chunk.base + column * 2u;
-    return bitcast<f32>((word(at) >> ((at & 2u) << 3u)) << 16u);
+    return Chunk(base + c * 64u);
 }
 
 fn weights4(chunk: Chunk, i: u32) -> vec4<f32> {
-    let column = chunk.column + 4u * i;
-    return vec4<f32>(weight(chunk, column), weight(chunk, column + 1u),
-                     weight(chunk, column + 2u), weight(chunk, column + 3u));
+    let at = chunk.at + 8u * i;
+    let pairs = vec2<u32>(word(at), word(at + 4u));
+    return bitcast<vec4<f32>>(vec4<u32>(pairs.x << 16u, pairs.x & 0xFFFF0000u,
+                                        pairs.y << 16u, pairs.y & 0xFFFF0000u));
 }

@@ -1,20 +1,11 @@
-// F32: a chunk is read where it is used. Rows may end within a group.
+// F32. Rows are filled up with zeros to whole chunks.
 
-struct Chunk { base: u32, column: u32 }
+struct Chunk { at: u32 }
 
 fn load(base: u32, c: u32) -> Chunk {
-    return Chunk(base, c * 32u);
-}
-
-fn weight(chunk: Chunk, column: u32) -> f32 {
-    if column >= params.cols {
-        return 0.0;
-    }
-    return bitcast<f32>(word(chunk.base + column * 4u));
+    return Chunk(base + c * 128u);
 }
 
 fn weights4(chunk: Chunk, i: u32) -> vec4<f32> {
-    let column = chunk.column + 4u * i;
-    return vec4<f32>(weight(chunk, column), weight(chunk, column + 1u),
-                     weight(chunk, column + 2u), weight(chunk, column + 3u));
+    return bitcast<vec4<f32>>(words4(chunk.at + 16u * i));
 }

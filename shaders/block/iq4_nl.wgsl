@@ -1,13 +1,6 @@
-// IQ4_NL: d f16, 16 bytes of nibbles that are looked up. A chunk is a block.
+// IQ4_NL: 16 bytes of nibbles that are looked up | d f16. A chunk is a block.
 fn load(base: u32, c: u32) -> Chunk {
-    let at = base + c * 18u;
-    let w = words2(at + 2u);
-    var chunk: Chunk;
-    for (var k = 0u; k < 4u; k++) {
-        chunk.q[k] = nonlinear(w[k]);
-        chunk.q[k + 4u] = nonlinear(w[k] >> 4u);
-    }
-    chunk.scale = vec4<f32>(half(at));
-    chunk.minimum = vec4<f32>();
-    return chunk;
+    let words = words4(base + c * 16u);
+    return even_chunk(nonlinear4(words), nonlinear4(words >> vec4<u32>(4u)),
+                      half(base + params.chunks * 16u + c * 2u), 0.0);
 }

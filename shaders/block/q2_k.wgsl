@@ -1,18 +1,16 @@
-// Q2_K: 16 bytes of (scale, minimum) nibbles, 64 bytes of 2-bit values, d, dmin f16.
+// Q2_K: 64 bytes of 2-bit values | 16 bytes of (scale, minimum) nibbles | d, dmin f16.
 fn load(base: u32, c: u32) -> Chunk {
-    let at = base + (c >> 3u) * 84u;
+    let blocks = params.chunks >> 3u;
+    let block = c >> 3u;
     let plane = (c >> 2u) & 1u;
-    let t = c & 3u;
-    let dm = unpack2x16float(word(at + 80u));
-    let bytes = at + 16u + plane * 32u + t * 8u;
-    let w = vec2<u32>(word(bytes), word(bytes + 4u));
-    var chunk: Chunk;
-    for (var a = 0u; a < 4u; a++) {
-        chunk.q[2u * a] = (w.x >> (2u * a)) & 0x03030303u;
-        chunk.q[2u * a + 1u] = (w.y >> (2u * a)) & 0x03030303u;
-        let s = byte(at + plane * 8u + a * 2u + (t >> 1u));
-        chunk.scale[a] = dm.x * f32(s & 15u);
-        chunk.minimum[a] = -dm.y * f32(s >> 4u);
-    }
-    return chunk;
+    let a = (c >> 1u) & 1u;
+    let t = c & 1u;
+    let words = words4(base + block * 64u + plane * 32u + t * 16u) >> vec4<u32>(2u * a);
+    let two = vec4<u32>(0x03030303u);
+    let at = base + blocks * 64u + block * 16u + plane * 8u;
+    let s = vec2<u32>(word(at), word(at + 4u)) >> vec2<u32>(16u * a + 8u * t);
+    let dm = unpack2x16float(word(base + blocks * 80u + block * 4u));
+    let scale = dm.x * vec2<f32>(s & vec2<u32>(15u));
+    let minimum = -dm.y * vec2<f32>((s >> vec2<u32>(4u)) & vec2<u32>(15u));
+    return strided_chunk(words & two, (words >> vec4<u32>(4u)) & two, scale, minimum);
 }

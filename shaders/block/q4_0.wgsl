@@ -1,14 +1,6 @@
-// Q4_0: d f16, 16 bytes of nibbles; weight = d (q - 8). A chunk is a block.
+// Q4_0: 16 bytes of nibbles | d f16; weight = d (q - 8). A chunk is a block.
 fn load(base: u32, c: u32) -> Chunk {
-    let at = base + c * 18u;
-    let d = half(at);
-    let w = words2(at + 2u);
-    var chunk: Chunk;
-    for (var k = 0u; k < 4u; k++) {
-        chunk.q[k] = w[k] & 0x0F0F0F0Fu;
-        chunk.q[k + 4u] = (w[k] >> 4u) & 0x0F0F0F0Fu;
-    }
-    chunk.scale = vec4<f32>(d);
-    chunk.minimum = vec4<f32>(-8.0 * d);
-    return chunk;
+    let words = words4(base + c * 16u);
+    let d = half(base + params.chunks * 16u + c * 2u);
+    return even_chunk(low_nibbles(words), high_nibbles(words), d, -8.0 * d);
 }

@@ -1,15 +1,8 @@
-// Q5_0: d f16, 4 bytes of fifth bits, 16 bytes of nibbles; weight = d (q - 16). A chunk is a block.
+// Q5_0: 16 bytes of nibbles | 4 bytes of fifth bits | d f16; weight = d (q - 16). A chunk is a block.
 fn load(base: u32, c: u32) -> Chunk {
-    let at = base + c * 22u;
-    let d = half(at);
-    let fifth = word2(at + 2u);
-    let w = words2(at + 6u);
-    var chunk: Chunk;
-    for (var k = 0u; k < 4u; k++) {
-        chunk.q[k] = (w[k] & 0x0F0F0F0Fu) | fifth_bits(fifth, k);
-        chunk.q[k + 4u] = ((w[k] >> 4u) & 0x0F0F0F0Fu) | fifth_bits(fifth, k + 4u);
-    }
-    chunk.scale = vec4<f32>(d);
-    chunk.minimum = vec4<f32>(-16.0 * d);
-    return chunk;
+    let words = words4(base + c * 16u);
+    let fifth = word(base + params.chunks * 16u + c * 4u);
+    let d = half(base + params.chunks * 20u + c * 2u);
+    return even_chunk(low_nibbles(words) | fifth_bits(fifth, 0u),
+                      high_nibbles(words) | fifth_bits(fifth, 16u), d, -16.0 * d);
 }

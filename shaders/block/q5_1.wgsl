@@ -1,15 +1,9 @@
-// Q5_1: d, m f16, 4 bytes of fifth bits, 16 bytes of nibbles; weight = d q + m. A chunk is a block.
+// Q5_1: 16 bytes of nibbles | d, m f16, 4 bytes of fifth bits; weight = d q + m. A chunk is a block.
 fn load(base: u32, c: u32) -> Chunk {
-    let at = base + c * 24u;
-    let dm = unpack2x16float(word(at));
-    let fifth = word(at + 4u);
-    var chunk: Chunk;
-    for (var k = 0u; k < 4u; k++) {
-        let w = word(at + 8u + 4u * k);
-        chunk.q[k] = (w & 0x0F0F0F0Fu) | fifth_bits(fifth, k);
-        chunk.q[k + 4u] = ((w >> 4u) & 0x0F0F0F0Fu) | fifth_bits(fifth, k + 4u);
-    }
-    chunk.scale = vec4<f32>(dm.x);
-    chunk.minimum = vec4<f32>(dm.y);
-    return chunk;
+    let words = words4(base + c * 16u);
+    let head = base + params.chunks * 16u + c * 8u;
+    let dm = unpack2x16float(word(head));
+    let fifth = word(head + 4u);
+    return even_chunk(low_nibbles(words) | fifth_bits(fifth, 0u),
+                      high_nibbles(words) | fifth_bits(fifth, 16u), dm.x, dm.y);
 }

@@ -155,6 +155,18 @@ pub trait Backend: Send + Sync + 'static {
     /// The type is not supported (naming the tensor), or the device has no room.
     fn matrix(&self, weight: &SharedTensor, bias: Option<&SharedTensor>) -> Result<Self::Matrix>;
 
+    /// Takes matrices that are always multiplied with the same rows, each with its bias, so that a
+    /// device may keep them together; otherwise as [`Backend::matrix`].
+    ///
+    /// # Errors
+    /// As [`Backend::matrix`].
+    fn matrices(
+        &self,
+        weights: &[(SharedTensor, Option<SharedTensor>)],
+    ) -> Result<Vec<Self::Matrix>> {
+        weights.iter().map(|(weight, bias)| self.matrix(weight, bias.as_ref())).collect()
+    }
+
     /// Takes a vector.
     ///
     /// # Errors

@@ -87,6 +87,19 @@ impl Backend for Split {
         })
     }
 
+    fn matrices(
+        &self,
+        weights: &[(SharedTensor, Option<SharedTensor>)],
+    ) -> Result<Vec<Self::Matrix>> {
+        match weights.iter().any(|(weight, _)| self.is_on_cpu(weight)) {
+            // (They are of one layer.)
+            true => {
+                weights.iter().map(|(weight, bias)| self.matrix(weight, bias.as_ref())).collect()
+            }
+            false => Ok(self.gpu.matrices(weights)?.into_iter().map(Side::Gpu).collect()),
+        }
+    }
+
     fn vector(&self, weight: &SharedTensor) -> Result<Self::Vector> {
         Ok(match self.is_on_cpu(weight) {
             true => Side::Cpu(self.cpu.vector(weight)?),

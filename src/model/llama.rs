@@ -52,15 +52,19 @@ impl<B: Backend> Llama<B> {
         let mut layers = Vec::new();
         for i in 0..config.layers {
             let name = |part: &str| format!("blk.{i}.{part}");
+            let (q, k, v) = (name("attn_q"), name("attn_k"), name("attn_v"));
+            let (gate, up) = (name("ffn_gate"), name("ffn_up"));
+            let [q, k, v] = w.matrices([(&q, q_width), (&k, kv_width), (&v, kv_width)], width)?;
+            let [gate, up] = w.matrices([(&gate, ffn_width), (&up, ffn_width)], width)?;
             layers.push(Layer {
                 attention_norm: w.vector(&name("attn_norm.weight"), width)?,
-                q: w.matrix(&name("attn_q"), q_width, width)?,
-                k: w.matrix(&name("attn_k"), kv_width, width)?,
-                v: w.matrix(&name("attn_v"), kv_width, width)?,
+                q,
+                k,
+                v,
                 o: w.matrix(&name("attn_output"), width, q_width)?,
                 ffn_norm: w.vector(&name("ffn_norm.weight"), width)?,
-                gate: w.matrix(&name("ffn_gate"), ffn_width, width)?,
-                up: w.matrix(&name("ffn_up"), ffn_width, width)?,
+                gate,
+                up,
                 down: w.matrix(&name("ffn_down"), width, ffn_width)?,
             });
         }

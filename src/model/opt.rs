@@ -133,11 +133,13 @@ impl<B: Backend> Opt<B> {
         let mut layers = Vec::new();
         for i in 0..config.layers {
             let name = |part: &str| format!("blk.{i}.{part}");
+            let (q, k, v) = (name("attn_q"), name("attn_k"), name("attn_v"));
+            let [q, k, v] = w.matrices([(&q, width), (&k, width), (&v, width)], width)?;
             layers.push(Layer {
                 attention_norm: Norm::load(&mut w, &name("attn_norm"), width)?,
-                q: w.matrix(&name("attn_q"), width, width)?,
-                k: w.matrix(&name("attn_k"), width, width)?,
-                v: w.matrix(&name("attn_v"), width, width)?,
+                q,
+                k,
+                v,
                 o: w.matrix(&name("attn_output"), width, width)?,
                 ffn_norm: Norm::load(&mut w, &name("ffn_norm"), width)?,
                 up: w.matrix(&name("ffn_up"), ffn_width, width)?,

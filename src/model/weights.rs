@@ -152,17 +152,43 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.matrix_of(&tensor, bias.as_ref())
     }
 
+    /// Matrices that are multiplied with the same rows, each by its name and number of outputs: as
+    /// [`Loader::matrix`].
+    ///
+    /// # Errors
+    /// As [`Loader::matrix`].
+    pub fn matrices<const N: usize>(
+        &mut self,
+        names: [(&str, usize); N],
+        cols: usize,
+    ) -> Result<[B::Matrix; N]> {
+        let mut weights = Vec::new();
+        for (name, rows) in names {
+            let tensor = self.weights.take(&format!("{name}.weight"), rows, cols)?;
+            weights.push((tensor, self.weights.find(&format!("{name}.bias"), 1, rows)?));
+        }
+        let matrices = self.backend.matrices(&weights)?;
+        weights.iter().try_for_each(|(tensor, _)| self.count(tensor))?;
+        let matrices = <[B::Matrix; N]>::try_from(matrices).ok();
+        Ok(matrices.expect("a backend gives a matrix for each"))
+    }
+
     fn matrix_of(
         &mut self,
         tensor: &SharedTensor,
         bias: Option<&SharedTensor>,
     ) -> Result<B::Matrix> {
         let matrix = self.backend.matrix(tensor, bias)?;
+        self.count(tensor)?;
+        Ok(matrix)
+    }
+
+    /// Counts a matrix that was taken.
+    fn count(&mut self, tensor: &SharedTensor) -> Result<()> {
         let view = tensor.view();
         self.macs += view.rows * view.cols;
         self.weight_bytes += view.bytes.len();
-        (self.loaded)(view.bytes.len() as u64)?;
-        Ok(matrix)
+        (self.loaded)(view.bytes.len() as u64)
     }
 
     /// The embedding of tokens and the matrix of the logits, which is the embedding again where the

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 pub(super) const PARAMS: usize = 64;
 
 /// Weights are uploaded in pieces of this many bytes: a driver keeps what is on its way twice.
-const UPLOAD: usize = 16 << 20;
+pub(super) const UPLOAD: usize = 16 << 20;
 
 /// Seconds that one submission should take at most: systems take a device that does not answer
 /// for lost after two.
@@ -39,7 +39,7 @@ pub(super) struct Storage {
 struct Groups {
     /// The device's epoch in which they were made.
     epoch: u64,
-    made: HashMap<(&'static [Access], [u64; 5]), wgpu::BindGroup>,
+    made: HashMap<(&'static [Access], [u64; 6]), wgpu::BindGroup>,
 }
 
 /// What the device reported outside of a call.
@@ -259,27 +259,16 @@ impl Device {
         self.epoch.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Bytes into a new buffer, which has at least 32 more of them.
-    pub fn upload(&self, bytes: &[u8]) -> Result<Arc<Storage>> {
-        let storage = self.storage(bytes.len() as u64 + 32);
+    /// Whole words into a buffer, from a byte on. Many at a time take as much memory again until they are
+    /// there: no more than [`UPLOAD`] at a time, and those are waited for.
+    pub fn upload(&self, storage: &Storage, at: u64, bytes: &[u8]) -> Result<()> {
         self.check()?;
-        for (i, piece) in bytes.chunks(UPLOAD).enumerate() {
-            let at = (i * UPLOAD) as u64;
-            let whole = piece.len() / 4 * 4;
-            self.queue.write_buffer(&storage.raw, at, &piece[..whole]);
-            if whole < piece.len() {
-                let mut last = [0; 4];
-                last[..piece.len() - whole].copy_from_slice(&piece[whole..]);
-                self.queue.write_buffer(&storage.raw, at + whole as u64, &last);
-            }
-            // What is written takes memory of its own until it is submitted and done.
-            let index = self.queue.submit([]);
-            if piece.len() == UPLOAD {
-                self.wait(Some(index))?;
-            }
+        self.write_bytes(storage, at, bytes);
+        let index = self.queue.submit([]);
+        if bytes.len() > UPLOAD / 2 {
+            self.wait(Some(index))?;
         }
-        self.check()?;
-        Ok(storage)
+        self.check()
     }
 
     /// Floats into a buffer, before what is submitted next.
@@ -366,7 +355,7 @@ impl Device {
     pub fn group(&self, access: &'static [Access], buffers: &[&Storage]) -> wgpu::BindGroup {
         assert_eq!(access.len(), buffers.len());
         let (home, others) = buffers.split_last().expect("a shader has buffers");
-        let mut ids = [0; 5];
+        let mut ids = [0; 6];
         ids.iter_mut().zip(others).for_each(|(id, buffer)| *id = buffer.id);
         let mut groups = lock(&home.groups);
         let epoch = self.epoch.load(Ordering::Relaxed);

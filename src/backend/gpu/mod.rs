@@ -1,10 +1,12 @@
 //! The GPU, through Vulkan, Metal or DX12: every verb is a compute shader.
 //!
 //! - `adapter`: what the machine has; `device`: buffers, pipelines and submissions of an open GPU;
+//! - `layout`: how the rows of a matrix lie on the device;
 //! - `shaders`: what a shader is joined from (the WGSL itself is in `shaders/`).
 //!
-//! Weights lie on the device as they lie in their file; large matrices are split by rows at the
-//! device's binding limit. A pass records dispatches, which become one compute pass in one submission
+//! Weights lie on the device in the bytes of their file, in an order that suits it; large matrices are
+//! split by rows at its binding limit, and those that are multiplied with the same rows lie together, so
+//! that one dispatch has them all. A pass records dispatches, which become one compute pass in one submission
 //! (several where that would take the device too long), and nothing waits until results are read.
 //!
 //! A product takes up to eight rows of activations at once, or tiles of 32 of many, and adds each
@@ -14,6 +16,7 @@
 
 mod adapter;
 mod device;
+mod layout;
 mod shaders;
 #[cfg(test)]
 mod tests;
@@ -26,8 +29,11 @@ use super::{Backend, CacheShape, CacheType, Largest, Pass, RotaryPairs, Rows};
 use crate::error::{Error, Result};
 use crate::gguf::{SharedTensor, Tensor};
 use crate::quant::BlockType;
-use device::{Arena, Device, Op, Storage, lock};
-use shaders::{COLUMNS, Frame, MAX_HEAD, PATH_WORDS, SPLIT, Shader, TILE_COLUMNS, TILE_ROWS};
+use device::{Arena, Device, Op, Storage, UPLOAD, lock};
+use layout::Layout;
+use shaders::{
+    COLUMNS, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, SPLIT, Shader, TILE_COLUMNS, TILE_ROWS,
+};
 
 pub use adapter::Adapter;
 pub use device::KernelTimes;
@@ -35,6 +41,9 @@ pub use shaders::Arithmetic;
 
 /// Rows of activations are padded with zeros to whole chunks.
 const CHUNK: usize = 32;
+
+/// Where the biases of a product begin that has none.
+const NO_BIAS: usize = u32::MAX as usize;
 
 /// The most workgroups in one direction.
 const MOST_GROUPS: usize = 65535;
@@ -130,8 +139,8 @@ pub struct Gpu {
     uploads: Mutex<HashMap<(usize, usize), Weak<Parts>>>,
     /// For each type that was loaded, which of its shaders agree.
     agreeing: Mutex<HashMap<BlockType, Agreement>>,
-    /// Bound where a product has no bias, or no scales.
-    nothing: Arc<Storage>,
+    /// Bound where a product has no bias or no scales, or no second or third output.
+    nothing: [Arc<Storage>; 3],
 }
 
 /// Which shaders of a weight type give the same bits, and so can be used side by side.
@@ -174,7 +183,7 @@ impl Gpu {
             return Err(Error::Device { device: adapter.name().to_owned(), what: what.to_owned() });
         }
         let device = Device::open(adapter, subgroups, arithmetic == Arithmetic::F16)?;
-        let nothing = device.storage(16);
+        let nothing = [(); 3].map(|()| device.storage(16));
         device.check()?;
         Ok(Gpu {
             part_limit: device.binding_limit() as usize - 64,
@@ -300,21 +309,20 @@ impl Gpu {
         Ok((times * bytes) as f64 / read(times)?)
     }
 
-    /// The rows of a tensor on the device.
+    /// The rows of a tensor on the device, in buffers of their own unless they are there already.
     fn parts(&self, shared: &SharedTensor) -> Result<Arc<Parts>> {
         let tensor = &shared.view();
         readable(tensor)?;
-        let place = (tensor.bytes.as_ptr() as usize, tensor.bytes.len());
-        if let Some(parts) = lock(&self.uploads).get(&place).and_then(Weak::upgrade) {
+        if let Some(parts) = lock(&self.uploads).get(&place(tensor)).and_then(Weak::upgrade) {
             return Ok(parts);
         }
-        let row_bytes = tensor.row_bytes();
-        let most = (self.part_limit / row_bytes).min(MOST_GROUPS * LEAST_GROUP_ROWS);
+        let stride = Layout::of(tensor).stride;
+        let most = (self.part_limit / stride).min(MOST_GROUPS * LEAST_GROUP_ROWS);
         if most == 0 {
             return Err(Error::unsupported(
                 tensor.file,
                 format!(
-                    "tensor `{}` has rows of {row_bytes} bytes, more than {} binds at once",
+                    "tensor `{}` has rows of {stride} bytes, more than {} binds at once",
                     tensor.name,
                     self.device.name()
                 ),
@@ -322,24 +330,85 @@ impl Gpu {
         }
         let piece = |first: usize| {
             let rows = most.min(tensor.rows - first);
-            let bytes = &tensor.bytes[first * row_bytes..][..rows * row_bytes];
-            Ok(Part { first, rows, bytes: self.device.upload(bytes)? })
+            let bytes = self.device.storage((rows * stride) as u64);
+            self.upload(tensor, first..first + rows, &bytes, 0)?;
+            Ok(Part { first, rows, begins: 0, bytes })
         };
         let parts: Result<Vec<_>> = (0..tensor.rows).step_by(most).map(piece).collect();
-        let parts = Arc::new(Parts { parts: parts?, _tensor: Some(shared.clone()) });
-        lock(&self.uploads).insert(place, Arc::downgrade(&parts));
-        Ok(parts)
+        Ok(self.keep(shared, parts?))
     }
 
-    /// A vector of floats on the device.
-    fn floats(&self, tensor: &SharedTensor) -> Result<Arc<Storage>> {
-        let view = tensor.view();
-        readable(&view)?;
-        let mut floats = vec![0.0; view.rows * view.cols];
-        view.block_type.dequantize(view.bytes, &mut floats);
+    /// Puts tensors on the device one behind another, in one buffer, if that can hold them and none is there
+    /// already. They have rows of the same type and length. Returns what keeps them there.
+    fn put_together(&self, tensors: &[&SharedTensor]) -> Result<Vec<Arc<Parts>>> {
+        let stride = Layout::of(&tensors[0].view()).stride;
+        let rows: usize = tensors.iter().map(|tensor| tensor.view().rows).sum();
+        let is_there = |tensor: &&SharedTensor| {
+            lock(&self.uploads)
+                .get(&place(&tensor.view()))
+                .is_some_and(|weak| weak.strong_count() > 0)
+        };
+        let most = (self.part_limit / stride).min(MOST_GROUPS * LEAST_GROUP_ROWS);
+        if tensors.len() < 2 || rows > most || tensors.iter().any(is_there) {
+            return Ok(Vec::new());
+        }
+        let bytes = self.device.storage((rows * stride) as u64);
+        let mut kept = Vec::new();
+        let mut begins = 0;
+        for &shared in tensors {
+            let tensor = &shared.view();
+            self.upload(tensor, 0..tensor.rows, &bytes, begins)?;
+            let part = Part { first: 0, rows: tensor.rows, begins, bytes: bytes.clone() };
+            kept.push(self.keep(shared, vec![part]));
+            begins += tensor.rows * stride;
+        }
+        Ok(kept)
+    }
+
+    /// Rows of a tensor into a buffer, from a byte on.
+    fn upload(
+        &self,
+        tensor: &Tensor<'_>,
+        rows: Range<usize>,
+        to: &Storage,
+        begins: usize,
+    ) -> Result<()> {
+        let (layout, row_bytes) = (Layout::of(tensor), tensor.row_bytes());
+        let at_once = (UPLOAD / layout.stride).max(1);
+        for first in rows.clone().step_by(at_once) {
+            let end = rows.end.min(first + at_once);
+            let bytes = layout.arranged(&tensor.bytes[first * row_bytes..end * row_bytes]);
+            self.device.upload(
+                to,
+                (begins + (first - rows.start) * layout.stride) as u64,
+                &bytes,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Remembers where a tensor is, for as long as somebody uses it.
+    fn keep(&self, tensor: &SharedTensor, parts: Vec<Part>) -> Arc<Parts> {
+        let parts = Arc::new(Parts { parts, _tensor: Some(tensor.clone()) });
+        lock(&self.uploads).insert(place(&tensor.view()), Arc::downgrade(&parts));
+        parts
+    }
+
+    /// The floats of some tensors on the device, one behind another.
+    fn floats(&self, tensors: &[&SharedTensor]) -> Result<Arc<Storage>> {
+        let mut floats = Vec::new();
+        for tensor in tensors {
+            let view = tensor.view();
+            readable(&view)?;
+            let first = floats.len();
+            floats.resize(first + view.rows * view.cols, 0.0);
+            view.block_type.dequantize(view.bytes, &mut floats[first..]);
+        }
         // As rows of activations are.
         floats.resize(floats.len().next_multiple_of(CHUNK), 0.0);
-        self.device.upload(bytemuck::cast_slice(&floats))
+        let storage = self.device.storage(4 * floats.len() as u64);
+        self.device.upload(&storage, 0, bytemuck::cast_slice(&floats))?;
+        Ok(storage)
     }
 
     /// A pass over `rows`, to be recorded.
@@ -368,8 +437,9 @@ impl Gpu {
             return Ok(*agreement);
         }
         let rows = tensor.rows.min(2 * TILE_ROWS as usize);
-        let bytes = self.device.upload(&tensor.bytes[..rows * tensor.row_bytes()])?;
-        let part = Part { first: 0, rows, bytes };
+        let bytes = self.device.storage((rows * Layout::of(tensor).stride) as u64);
+        self.upload(tensor, 0..rows, &bytes, 0)?;
+        let part = Part { first: 0, rows, begins: 0, bytes };
         let parts = Arc::new(Parts { parts: vec![part], _tensor: None });
         let most = TILE_COLUMNS as usize;
         let mut state = 1u32;
@@ -415,6 +485,11 @@ impl Gpu {
     }
 }
 
+/// Where a tensor lies in memory.
+fn place(tensor: &Tensor<'_>) -> (usize, usize) {
+    (tensor.bytes.as_ptr() as usize, tensor.bytes.len())
+}
+
 fn readable(tensor: &Tensor<'_>) -> Result<()> {
     if tensor.block_type.can_dequantize() {
         return Ok(());
@@ -429,7 +504,9 @@ fn readable(tensor: &Tensor<'_>) -> Result<()> {
 struct Part {
     first: usize,
     rows: usize,
+    /// Their buffer, and the byte of it where they begin.
     bytes: Arc<Storage>,
+    begins: usize,
 }
 
 /// All rows of a matrix.
@@ -446,28 +523,55 @@ pub struct Matrix {
     block: BlockType,
     rows: usize,
     cols: usize,
+    /// Bytes from one row to the next.
     row_bytes: usize,
     parts: Arc<Parts>,
-    bias: Option<Arc<Storage>>,
+    bias: Option<Bias>,
     agreement: Agreement,
+}
+
+/// The biases of a matrix: floats of a buffer, from one on.
+#[derive(Debug, Clone)]
+struct Bias {
+    floats: Arc<Storage>,
+    at: usize,
 }
 
 impl Matrix {
     fn new(
         tensor: &Tensor<'_>,
         parts: Arc<Parts>,
-        bias: Option<Arc<Storage>>,
+        bias: Option<Bias>,
         agreement: Agreement,
     ) -> Self {
         Matrix {
             block: tensor.block_type,
             rows: tensor.rows,
             cols: tensor.cols,
-            row_bytes: tensor.row_bytes(),
+            row_bytes: Layout::of(tensor).stride,
             parts,
             bias,
             agreement,
         }
+    }
+
+    /// Whether its rows follow those of another on the device, and its biases too, so that one product
+    /// can have both.
+    fn follows(&self, other: &Matrix) -> bool {
+        let ([mine], [theirs]) = (&self.parts.parts[..], &other.parts.parts[..]) else {
+            return false;
+        };
+        let behind = |other_at: usize, at: usize, step: usize| at == other_at + step * other.rows;
+        let biases_follow = match (&self.bias, &other.bias) {
+            (None, None) => true,
+            (Some(b), Some(o)) => Arc::ptr_eq(&b.floats, &o.floats) && behind(o.at, b.at, 1),
+            _ => false,
+        };
+        let same = |m: &Matrix| (m.block, m.cols, m.agreement);
+        same(self) == same(other)
+            && Arc::ptr_eq(&mine.bytes, &theirs.bytes)
+            && behind(theirs.begins, mine.begins, self.row_bytes)
+            && biases_follow
     }
 }
 
@@ -545,27 +649,53 @@ impl Backend for Gpu {
     }
 
     fn matrix(&self, weight: &SharedTensor, bias: Option<&SharedTensor>) -> Result<Matrix> {
+        let bias = match bias {
+            Some(bias) => Some(Bias { floats: self.floats(&[bias])?, at: 0 }),
+            None => None,
+        };
         let view = weight.view();
-        let bias = bias.map(|bias| {
-            assert_eq!(bias.view().rows * bias.view().cols, view.rows, "a bias for each output");
-            self.floats(bias)
-        });
         let parts = self.parts(weight)?;
         let agreement = self.agreement(&view)?;
         // The device holds it now: the mapped pages need not stay in memory too.
         weight.release();
-        Ok(Matrix::new(&view, parts, bias.transpose()?, agreement))
+        Ok(Matrix::new(&view, parts, bias, agreement))
+    }
+
+    fn matrices(&self, weights: &[(SharedTensor, Option<SharedTensor>)]) -> Result<Vec<Matrix>> {
+        let alike = |a: &(SharedTensor, Option<_>), b: &(SharedTensor, Option<_>)| {
+            let kind = |(tensor, bias): &(SharedTensor, Option<_>)| {
+                (tensor.view().block_type, tensor.view().cols, bias.is_some())
+            };
+            kind(a) == kind(b)
+        };
+        let mut matrices = Vec::new();
+        for run in weights.chunk_by(alike) {
+            let (tensors, biases): (Vec<_>, Vec<_>) =
+                run.iter().map(|(t, b)| (t, b.as_ref())).unzip();
+            readable(&tensors[0].view())?;
+            let _kept = self.put_together(&tensors)?;
+            let biases: Option<Vec<_>> = biases.into_iter().collect();
+            let floats = biases.map(|biases| self.floats(&biases)).transpose()?;
+            let mut at = 0;
+            for tensor in tensors {
+                let mut matrix = self.matrix(tensor, None)?;
+                matrix.bias = floats.clone().map(|floats| Bias { floats, at });
+                at += matrix.rows;
+                matrices.push(matrix);
+            }
+        }
+        Ok(matrices)
     }
 
     fn vector(&self, weight: &SharedTensor) -> Result<Vector> {
         let len = weight.view().rows * weight.view().cols;
-        Ok(Vector { len, floats: self.floats(weight)? })
+        Ok(Vector { len, floats: self.floats(&[weight])? })
     }
 
     fn embedding(&self, weight: &SharedTensor) -> Result<Embedding> {
         let view = weight.view();
         let parts = self.parts(weight)?;
-        let (block, row_bytes) = (view.block_type, view.row_bytes());
+        let (block, row_bytes) = (view.block_type, Layout::of(&view).stride);
         Ok(Embedding { block, cols: view.cols, row_bytes, parts })
     }
 
@@ -806,16 +936,20 @@ impl<'p> GpuPass<'p> {
         }
     }
 
-    fn product(&mut self, x: &Buffer, matrix: &Matrix, out: &mut Buffer, add: bool) {
-        assert_eq!((matrix.cols, matrix.rows), (x.width, out.width));
-        if add {
-            assert_eq!(out.rows, x.rows);
-        } else {
-            self.set_rows(out, x.rows);
+    /// Products of the same rows with matrices of which each follows the one before.
+    fn product(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)], add: bool) {
+        for (matrix, out) in &mut *to {
+            assert_eq!((matrix.cols, matrix.rows), (x.width, out.width));
+            if add {
+                assert_eq!(out.rows, x.rows);
+            } else {
+                self.set_rows(out, x.rows);
+            }
         }
         if self.failed.is_some() {
             return;
         }
+        let matrix = to[0].0;
         let Variants { padded, .. } = self.gpu.variants;
         let Agreement { columns, tiles } = matrix.agreement;
         let widest = COLUMNS[COLUMNS.len() - 1];
@@ -826,15 +960,21 @@ impl<'p> GpuPass<'p> {
             false if padded || !columns => (Frame::Matmul, widest),
             false => (Frame::Matmul, fits),
         };
-        if self.rounded == Some(out.storage().id) {
+        if to.iter().any(|(_, out)| self.rounded == Some(out.storage().id)) {
             self.rounded = None;
         }
         let arithmetic = self.gpu.arithmetic_with(matrix.block);
         let subgroups = self.gpu.subgroups && frame == Frame::Matmul;
-        let shader =
-            Shader { arithmetic, columns, subgroups, ..Shader::weights(frame, matrix.block) };
-        let nothing = self.gpu.nothing.clone();
-        let bias = matrix.bias.as_ref().unwrap_or(&nothing);
+        let outputs = if to.len() > 1 { MOST_OUTPUTS } else { 1 };
+        let shader = Shader {
+            arithmetic,
+            columns,
+            subgroups,
+            outputs,
+            ..Shader::weights(frame, matrix.block)
+        };
+        let [nothing, no_second, no_third] = &self.gpu.nothing;
+        let bias = matrix.bias.as_ref().map_or(nothing, |bias| &bias.floats);
         let (values, scales) = match (arithmetic, &self.arena.scratch) {
             (Arithmetic::F32, _) => (x.storage().clone(), nothing.clone()),
             (_, [_, Some(values), Some(scales), _]) => (values.clone(), scales.clone()),
@@ -842,27 +982,43 @@ impl<'p> GpuPass<'p> {
         };
         let x_stride = if arithmetic == Arithmetic::Int8 { x.stride / CHUNK } else { x.stride / 4 };
         let column_groups = x.rows.div_ceil(columns as usize);
+        // All rows of several matrices, or the parts of one.
+        let several = to.len() > 1;
+        let all_rows: usize = to.iter().map(|(matrix, _)| matrix.rows).sum();
+        let output = |i: usize| to.get(i).map(|(_, out)| &**out);
+        let second = if several { matrix.rows } else { all_rows };
+        let third = to.get(1).map_or(all_rows, |(matrix, _)| second + matrix.rows);
+        let strides = [0, 1, 2].map(|i| output(i).map_or(0, |out| out.stride));
         for part in &matrix.parts.parts {
+            let rows = if several { all_rows } else { part.rows };
             let params = [
-                matrix.cols,
                 matrix.cols.div_ceil(CHUNK),
                 matrix.row_bytes,
-                part.rows,
+                rows,
+                part.begins,
                 x.rows,
                 x_stride,
-                out.stride,
                 part.first,
-                usize::from(matrix.bias.is_some()),
+                matrix.bias.as_ref().map_or(NO_BIAS, |bias| bias.at + part.first),
                 usize::from(add),
+                strides[0],
+                strides[1],
+                strides[2],
+                second,
+                third,
             ]
             .map(|n| n as u32);
-            let row_groups = part.rows.div_ceil(shader.group_rows());
+            let row_groups = rows.div_ceil(shader.group_rows());
             let groups = match frame {
                 Frame::Tiled => [column_groups, row_groups, 1],
                 _ => [row_groups, column_groups, 1],
             };
-            let buffers = [&part.bytes, &values, &scales, bias, out.storage()];
-            self.dispatch(shader, &buffers, &params, groups, part.rows * matrix.cols * x.rows);
+            let mut buffers = vec![&part.bytes, &values, &scales, bias, to[0].1.storage()];
+            if several {
+                let others = [(1, no_second), (2, no_third)];
+                buffers.extend(others.map(|(i, none)| output(i).map_or(none, Buffer::storage)));
+            }
+            self.dispatch(shader, &buffers, &params, groups, rows * matrix.cols * x.rows);
         }
     }
 
@@ -927,23 +1083,23 @@ impl<'p> GpuPass<'p> {
     /// Where the rows of `x` lie as blocks of bytes, and their scales.
     fn room_for_bytes(&mut self, x: &Buffer) -> [Arc<Storage>; 2] {
         let blocks = x.rows * x.stride / CHUNK;
-        [self.scratch(1, blocks * 8), self.scratch(2, blocks)]
+        [self.scratch(1, blocks * 8), self.scratch(2, blocks * 2)]
     }
 
-    /// Runs a frame over rows of activations that products read next: where these want bytes, it
-    /// writes them too, which saves a dispatch. `out` is among `buffers`.
+    /// Runs a frame over rows of activations that products read next: where these want bytes, and it can,
+    /// it writes them too, which saves a dispatch. `out` is among `buffers`.
     fn activations(
         &mut self,
-        frame: Frame,
+        shader: Shader,
         out: &Buffer,
         buffers: &[&Arc<Storage>],
         params: &[u32],
         groups: [usize; 3],
+        (can, cost): (bool, usize),
     ) {
         let mut buffers = buffers.to_vec();
-        let shader = Shader { subgroups: self.gpu.subgroups, ..Shader::plain(frame) };
-        let cost = out.rows * out.stride;
-        if self.gpu.arithmetic != Arithmetic::Int8 {
+        let shader = Shader { subgroups: self.gpu.subgroups, ..shader };
+        if self.gpu.arithmetic != Arithmetic::Int8 || !can {
             return self.dispatch(shader, &buffers, params, groups, cost);
         }
         let [bytes, scales] = self.room_for_bytes(out);
@@ -1009,11 +1165,12 @@ impl Pass<Gpu> for GpuPass<'_> {
         assert_eq!((x.width, x.width), (out.width, weight.len));
         self.set_rows(out, x.rows);
         self.activations(
-            Frame::RmsNorm,
+            Shader::plain(Frame::RmsNorm),
             out,
             &[x.storage(), &weight.floats, out.storage()],
             &[x.width as u32, x.stride4(), epsilon.to_bits()],
             [x.rows, 1, 1],
+            (true, x.rows * x.stride),
         );
     }
 
@@ -1028,24 +1185,31 @@ impl Pass<Gpu> for GpuPass<'_> {
         assert_eq!([x.width; 3], [out.width, weight.len, bias.len]);
         self.set_rows(out, x.rows);
         self.activations(
-            Frame::LayerNorm,
+            Shader::plain(Frame::LayerNorm),
             out,
             &[x.storage(), &weight.floats, &bias.floats, out.storage()],
             &[x.width as u32, x.stride4(), epsilon.to_bits()],
             [x.rows, 1, 1],
+            (true, x.rows * x.stride),
         );
     }
 
     fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
         self.round(x, to.iter().map(|(matrix, _)| matrix.block));
-        for (matrix, out) in to.iter_mut() {
-            self.product(x, matrix, out, false);
+        let mut first = 0;
+        while first < to.len() {
+            let mut end = first + 1;
+            while end < to.len().min(first + MOST_OUTPUTS) && to[end].0.follows(to[end - 1].0) {
+                end += 1;
+            }
+            self.product(x, &mut to[first..end], false);
+            first = end;
         }
     }
 
     fn linear_add(&mut self, x: &Buffer, weight: &Matrix, out: &mut Buffer) {
         self.round(x, std::iter::once(weight.block));
-        self.product(x, weight, out, true);
+        self.product(x, &mut [(weight, out)], true);
     }
 
     fn rotate_and_store(
@@ -1119,6 +1283,8 @@ impl Pass<Gpu> for GpuPass<'_> {
         };
         let partial = self.scratch(0, at_once * row_floats);
         let scale = 1.0 / (head_dim as f32).sqrt();
+        // A block of bytes is of one head then.
+        let whole_blocks = head_dim % CHUNK == 0;
         let window = window.map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX));
         for first in (0..q.rows).step_by(at_once) {
             let rows = at_once.min(q.rows - first);
@@ -1134,15 +1300,13 @@ impl Pass<Gpu> for GpuPass<'_> {
                 splits as u32,
                 window,
             ];
-            self.dispatch(
-                Shader {
-                    subgroups: self.gpu.subgroups,
-                    ..Shader::cache(Frame::Attend, cache.is_f16())
-                },
+            self.activations(
+                Shader::cache(Frame::Attend, cache.is_f16()),
+                out,
                 &[q.storage(), keys, values, &partial, out.storage()],
                 &params,
                 [heads, rows, splits],
-                2 * rows * (line + deepest as usize) * q.width,
+                (whole_blocks, 2 * rows * (line + deepest as usize) * q.width),
             );
             if splits > 1 {
                 let params = [
@@ -1154,12 +1318,13 @@ impl Pass<Gpu> for GpuPass<'_> {
                     splits as u32,
                     window,
                 ];
-                self.dispatch(
+                self.activations(
                     Shader::plain(Frame::Combine),
+                    out,
                     &[&partial, out.storage()],
                     &params,
                     [heads, rows, 1],
-                    rows * splits * q.width,
+                    (whole_blocks, rows * splits * q.width),
                 );
             }
         }
@@ -1168,11 +1333,12 @@ impl Pass<Gpu> for GpuPass<'_> {
     fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
         assert_eq!((gate.stride, gate.rows), (up.stride, up.rows));
         self.activations(
-            Frame::Swiglu,
+            Shader::plain(Frame::Swiglu),
             gate,
             &[gate.storage(), up.storage()],
             &[gate.stride4()],
             [(gate.stride / 4).div_ceil(64), gate.rows, 1],
+            (true, gate.rows * gate.stride),
         );
     }
 

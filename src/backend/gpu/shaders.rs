@@ -23,6 +23,9 @@ const GROUPS: u32 = 128 / (8 * RANGES);
 /// the largest.
 pub(super) const COLUMNS: [u32; 4] = [1, 2, 4, 8];
 
+/// Matrices that one product can have.
+pub(super) const MOST_OUTPUTS: usize = 3;
+
 /// Weight rows that a thread of a tiled product has, and weight rows of its tile.
 const TILED_ROWS: u32 = 4;
 pub(super) const TILE_ROWS: u32 = 32;
@@ -92,6 +95,8 @@ pub(super) struct Shader {
     pub columns: u32,
     /// Whether threads exchange sums in registers.
     pub subgroups: bool,
+    /// Buffers that a product's results go to, at most: 1 or [`MOST_OUTPUTS`].
+    pub outputs: usize,
     /// Whether the cache is stored in half precision.
     pub cache_f16: bool,
 }
@@ -105,6 +110,7 @@ impl Shader {
             arithmetic: Arithmetic::F32,
             columns: 1,
             subgroups: false,
+            outputs: 1,
             cache_f16: false,
         }
     }
@@ -123,6 +129,7 @@ impl Shader {
     pub fn access(&self) -> &'static [Access] {
         use Access::{Read, Write};
         match self.frame {
+            Frame::Combine if self.rounds() => &[Read, Write, Write, Write],
             Frame::Embed | Frame::Gather | Frame::Combine | Frame::Largest | Frame::Stream => {
                 &[Read, Write]
             }
@@ -130,9 +137,13 @@ impl Shader {
             Frame::RmsNorm => &[Read, Read, Write],
             Frame::LayerNorm if self.rounds() => &[Read, Read, Read, Write, Write, Write],
             Frame::LayerNorm => &[Read, Read, Read, Write],
+            Frame::Matmul | Frame::Tiled if self.outputs > 1 => {
+                &[Read, Read, Read, Read, Write, Write, Write]
+            }
             Frame::Matmul | Frame::Tiled => &[Read, Read, Read, Read, Write],
             Frame::Quantize | Frame::Halve => &[Read, Write, Write],
             Frame::RotateStore => &[Write, Read, Read, Write, Write],
+            Frame::Attend if self.rounds() => &[Read, Read, Read, Write, Write, Write, Write],
             Frame::Attend => &[Read, Read, Read, Write, Write],
             Frame::Swiglu if self.rounds() => &[Write, Read, Write, Write],
             Frame::Swiglu => &[Write, Read],
@@ -200,11 +211,17 @@ impl Shader {
     pub fn source(&self) -> String {
         let Shader { columns, cache_f16, .. } = self;
         let (words, minima, offset) = self.block.map_or((8, false, 0), scales);
+        // A piece of a tile is what workgroups have memory for.
+        let piece = if self.arithmetic == Arithmetic::Int8 { 4 } else { 2 };
+        // Where there are many rows of activations, there is enough to do while a block is on its way.
+        let ahead = if *columns <= 2 { 2 } else { 1 };
         let lengths = [
             ("ROWS", self.thread_rows()),
             ("COLUMNS", *columns),
             ("EACH", columns / TILED_ROWS),
             ("WORDS", words),
+            ("PIECE", piece),
+            ("AHEAD", ahead),
             ("SCORES", 4),
             ("VALUES", 8),
         ];
@@ -252,12 +269,23 @@ impl Shader {
                 (_, Arithmetic::F16) => include_str!("../../../shaders/product/f16.wgsl"),
             };
         }
+        if self.is_product() {
+            out += match self.outputs {
+                1 => include_str!("../../../shaders/outputs/one.wgsl"),
+                _ => include_str!("../../../shaders/outputs/three.wgsl"),
+            };
+        }
+        let int8 = self.is_product() && self.arithmetic == Arithmetic::Int8;
+        if int8 || self.rounds() || self.frame == Frame::Quantize {
+            out += include_str!("../../../shaders/int8.wgsl");
+        }
         if matches!(self.frame, Frame::RmsNorm | Frame::LayerNorm) {
             out += include_str!("../../../shaders/total.wgsl");
         }
         if self.rounds() {
             let first = self.access().len() - 2;
-            for (at, name, element) in [(first, "bytes", "u32"), (first + 1, "scales", "f32")] {
+            for (at, name, element) in [(first, "bytes", "u32"), (first + 1, "scales", "vec2<f32>")]
+            {
                 out += &format!(
                     "@group(0) @binding({at}) var<storage, read_write> {name}: array<{element}>;\n"
                 );
@@ -284,12 +312,13 @@ impl Shader {
 
     /// Whether threads exchange sums.
     fn sums(&self) -> bool {
-        matches!(self.frame, Frame::Matmul | Frame::Attend) || self.may_round()
+        self.frame == Frame::Matmul || self.may_round()
     }
 
     /// Whether it writes activations that products may read.
     fn may_round(&self) -> bool {
-        matches!(self.frame, Frame::RmsNorm | Frame::LayerNorm | Frame::Swiglu)
+        use Frame::{Attend, Combine, LayerNorm, RmsNorm, Swiglu};
+        matches!(self.frame, RmsNorm | LayerNorm | Swiglu | Attend | Combine)
     }
 
     /// Whether it writes its activations as bytes too.
@@ -302,7 +331,7 @@ impl Shader {
     pub fn all() -> Vec<Shader> {
         let mut all = Vec::new();
         for subgroups in [false, true] {
-            for frame in [Frame::RmsNorm, Frame::LayerNorm, Frame::Swiglu] {
+            for frame in [Frame::RmsNorm, Frame::LayerNorm, Frame::Swiglu, Frame::Combine] {
                 let arithmetics = [Arithmetic::F32, Arithmetic::Int8];
                 all.extend(arithmetics.map(|a| Shader {
                     arithmetic: a,
@@ -327,18 +356,23 @@ impl Shader {
                 for columns in COLUMNS {
                     all.extend([false, true].map(|s| product(Frame::Matmul, columns, s)));
                 }
-                all.push(product(Frame::Tiled, TILE_COLUMNS, false));
+                let tiled = product(Frame::Tiled, TILE_COLUMNS, false);
+                all.extend([1, MOST_OUTPUTS].map(|outputs| Shader { outputs, ..tiled }));
+                all.push(Shader { outputs: MOST_OUTPUTS, ..product(Frame::Matmul, 1, false) });
             }
         }
         for cache_f16 in [false, true] {
             all.push(Shader::cache(Frame::RotateStore, cache_f16));
-            let attend = Shader::cache(Frame::Attend, cache_f16);
-            all.extend([false, true].map(|subgroups| Shader { subgroups, ..attend }));
+            for subgroups in [false, true] {
+                let attend = Shader { subgroups, ..Shader::cache(Frame::Attend, cache_f16) };
+                all.extend(
+                    [Arithmetic::F32, Arithmetic::Int8].map(|a| Shader { arithmetic: a, ..attend }),
+                );
+            }
         }
         all.push(Shader { arithmetic: Arithmetic::F16, ..Shader::plain(Frame::Halve) });
         let plain = [
             Frame::Quantize,
-            Frame::Combine,
             Frame::Relu,
             Frame::Gather,
             Frame::MoveRows,
@@ -383,17 +417,17 @@ fn turns<'a>(
     head: &'a str,
     lengths: &[(&str, u32)],
 ) -> Option<(&'a str, impl Iterator<Item = u32>)> {
-    let number = |text: &str| text.strip_suffix('u').and_then(|n| n.parse().ok());
+    let length = |text: &str| match lengths.iter().find(|(name, _)| *name == text) {
+        Some((_, length)) => Some(*length),
+        None => text.strip_suffix('u').and_then(|n| n.parse().ok()),
+    };
     let mut parts = head.trim().strip_suffix(')')?.split("; ");
     let name = parts.next()?.strip_suffix(" = 0u")?;
     let end = parts.next()?.strip_prefix(name)?.strip_prefix(" < ")?;
-    let end = match lengths.iter().find(|(name, _)| *name == end) {
-        Some((_, length)) => *length,
-        None => number(end)?,
-    };
+    let end = length(end)?;
     let step = match parts.next()?.strip_prefix(name)? {
         "++" => 1,
-        other => number(other.strip_prefix(" += ")?)?,
+        other => length(other.strip_prefix(" += ")?)?,
     };
     (end / step <= 8).then(|| (name, (0..end).step_by(step as usize)))
 }
@@ -412,14 +446,12 @@ fn replaced(text: &str, word: &str, by: &str) -> String {
     out
 }
 
-/// The files that read the blocks of a type.
 /// How many of the eight words of a chunk of weights share a scale, whether they have minima beside
 /// their scales, and by how much they are stored larger than they are.
 fn scales(block: BlockType) -> (u32, bool, i32) {
     use BlockType::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K};
     let words = match block {
-        Q2_K | Q3_K | Q6_K => 2,
-        Q4_K | Q5_K => 4,
+        Q2_K | Q3_K | Q4_K | Q5_K | Q6_K => 4,
         _ => 8,
     };
     let offset = match block {
@@ -432,6 +464,7 @@ fn scales(block: BlockType) -> (u32, bool, i32) {
     (words, matches!(block, Q4_1 | Q5_1 | Q2_K | Q4_K | Q5_K), offset)
 }
 
+/// The files that read the blocks of a type.
 fn block_files(block: BlockType) -> Vec<&'static str> {
     const QUANTIZED: &str = include_str!("../../../shaders/quantized.wgsl");
     const NATURAL: &str = include_str!("../../../shaders/block/natural.wgsl");

@@ -184,6 +184,44 @@ fn a_row_is_the_same_bits_among_any_number_up_to_128() {
 }
 
 #[test]
+fn matrices_that_lie_together_are_one_product_with_the_same_bits() {
+    for gpu in gpus() {
+        let (cols, n) = (256 * 3, 19);
+        let x: Vec<f32> = noise(4).take(n * cols).collect();
+        // Two that lie together, and one of another type; with a bias each, or without.
+        for types in [[BlockType::Q4_0; 3], [BlockType::Q4_K, BlockType::Q4_K, BlockType::Q6_K]] {
+            for biased in [false, true] {
+                let weights: Vec<_> = types
+                    .into_iter()
+                    .zip([50, 7, 33])
+                    .map(|(block, rows)| {
+                        let bias = biased.then(|| tensor(BlockType::F32, 1, rows));
+                        (tensor(block, rows, cols), bias)
+                    })
+                    .collect();
+                let matrices = gpu.matrices(&weights).unwrap();
+                assert!(matrices[1].follows(&matrices[0]) && !matrices[0].follows(&matrices[1]));
+                assert_eq!(matrices[2].follows(&matrices[1]), types[1] == types[2]);
+                for n in [1, 8, n] {
+                    let mut from = gpu.buffer(cols);
+                    let mut outs = [50, 7, 33].map(|rows| gpu.buffer(rows));
+                    plain(&gpu, n, |pass| {
+                        pass.write(&x[..n * cols], &mut from);
+                        let mut to: Vec<_> = matrices.iter().zip(&mut outs).collect();
+                        pass.linear(&from, &mut to);
+                    });
+                    for (matrix, out) in matrices.iter().zip(&outs) {
+                        let mut alone = gpu.buffer(out.width);
+                        plain(&gpu, n, |pass| pass.linear(&from, &mut [(matrix, &mut alone)]));
+                        assert!(read(&gpu, out) == read(&gpu, &alone), "{} {n}", gpu.kernels());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_matrix_larger_than_a_binding_is_split_by_rows() {
     let Some(adapter) = adapter() else { return };
     let mut gpu = Gpu::with(&adapter, Variants::default()).unwrap();
@@ -192,14 +230,14 @@ fn a_matrix_larger_than_a_binding_is_split_by_rows() {
     let x: Vec<f32> = noise(3).take(3 * 256).collect();
     let whole = product(&gpu, (&weight, Some(&bias)), &x);
     let table = embedded(&gpu, &weight, 50);
-    gpu.part_limit = 210 * 17;
+    gpu.part_limit = 224 * 17;
     assert_eq!(gpu.parts(&weight).unwrap().parts.len(), 3);
     assert_eq!(product(&gpu, (&weight, Some(&bias)), &x), whole);
     assert_eq!(embedded(&gpu, &weight, 50), table);
-    gpu.part_limit = 209;
+    gpu.part_limit = 223;
     gpu.uploads = Mutex::default();
     let error = gpu.matrix(&weight, None).unwrap_err().to_string();
-    assert!(error.contains("tensor `t` has rows of 210 bytes"), "{error}");
+    assert!(error.contains("tensor `t` has rows of 224 bytes"), "{error}");
 }
 
 fn embedded<B: Backend>(backend: &B, table: &SharedTensor, n: usize) -> Vec<f32> {
