@@ -89,16 +89,21 @@ fn main(
     let pairs = params.head_dim / 2u;
     let row_pairs = params.kv_heads * pairs;
     let head_pair = head / params.group * pairs;
-    if index < pairs {
-        let at = row * params.q_stride + head * params.head_dim + 2u * index;
-        query[index] = vec2<f32>(q[at], q[at + 1u]) * params.scale;
+    if index < MAX_HEAD / 2u {
+        var pair = vec2<f32>();
+        if index < pairs {
+            let at = row * params.q_stride + head * params.head_dim + 2u * index;
+            pair = vec2<f32>(q[at], q[at + 1u]) * params.scale;
+        }
+        query[index] = pair;
     }
     scores[index] = LEAST;
     // (Threads without a position of their own name one that is seen: it is read, and has no weight.)
     slots[index] = slot(path, clamp(begin + index, start, end - 1u));
     workgroupBarrier();
 
-    // Several scores at a time, so that reads of keys need not wait for one another.
+    // Several scores, and several pairs of each, at a time, so that reads of keys need not wait for one
+    // another.
     let lane = index % LANES;
     for (var first = 0u; first < end - begin; first += SCORES * AT_ONCE) {
         var sums: array<f32, SCORES>;
@@ -106,11 +111,19 @@ fn main(
         for (var k = 0u; k < SCORES; k++) {
             places[k] = slots[first + k * AT_ONCE + index / LANES] * row_pairs + head_pair;
         }
-        for (var p = lane; p < pairs; p += LANES) {
-            let wanted = query[p];
-            for (var k = 0u; k < SCORES; k++) {
-                let pair = key_pair(places[k] + p);
-                sums[k] = fma(wanted.y, pair.y, fma(wanted.x, pair.x, sums[k]));
+        for (var begin = lane; begin < pairs; begin += SCORES * LANES) {
+            var read: array<array<vec2<f32>, SCORES>, SCORES>;
+            for (var e = 0u; e < SCORES; e++) {
+                for (var k = 0u; k < SCORES; k++) {
+                    // (Beyond the head the query is zero.)
+                    read[e][k] = key_pair(places[k] + min(begin + e * LANES, pairs - 1u));
+                }
+            }
+            for (var e = 0u; e < SCORES; e++) {
+                let wanted = query[begin + e * LANES];
+                for (var k = 0u; k < SCORES; k++) {
+                    sums[k] = fma(wanted.y, read[e][k].y, fma(wanted.x, read[e][k].x, sums[k]));
+                }
             }
         }
         for (var k = 0u; k < SCORES; k++) {

@@ -18,18 +18,33 @@ fn main(@builtin(workgroup_id) row: vec3<u32>, thread: Thread) {
     let index = thread_index(thread);
     let base = row.x * params.stride;
     var squares = vec4<f32>();
-    for (var i = index; i < params.stride; i += THREADS) {
-        squares = fma(x[base + i], x[base + i], squares);
+    for (var first = index; first < params.stride; first += AT_ONCE) {
+        var read: array<vec4<f32>, NORMED>;
+        for (var k = 0u; k < NORMED; k++) {
+            if first + k * THREADS < params.stride {
+                read[k] = x[base + first + k * THREADS];
+            }
+        }
+        for (var k = 0u; k < NORMED; k++) {
+            squares = fma(read[k], read[k], squares);
+        }
     }
     let mean = total(index, squares) / f32(params.cols);
     let scale = 1.0 / sqrt(mean + params.epsilon);
-    for (var first = 0u; first < params.stride; first += THREADS) {
-        let i = first + index;
-        var values = vec4<f32>();
-        if i < params.stride {
-            values = x[base + i] * scale * weight[i];
-            out[base + i] = values;
+    for (var first = 0u; first < params.stride; first += AT_ONCE) {
+        var values: array<vec4<f32>, NORMED>;
+        for (var k = 0u; k < NORMED; k++) {
+            let i = first + k * THREADS + index;
+            if i < params.stride {
+                values[k] = x[base + i] * scale * weight[i];
+            }
         }
-        round_block(row.x, params.stride, i, i < params.stride, values, index);
+        for (var k = 0u; k < NORMED; k++) {
+            let i = first + k * THREADS + index;
+            if i < params.stride {
+                out[base + i] = values[k];
+            }
+            round_block(row.x, params.stride, i, i < params.stride, values[k], index);
+        }
     }
 }

@@ -27,11 +27,12 @@
 //! | module | what is there | may import |
 //! |---|---|---|
 //! | [`error`] | the one error type | nothing |
+//! | `cached` | files that can be made again: where they are kept | nothing |
 //! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
 //! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
 //! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
-//! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `quant`, `gguf` |
+//! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `cached`, `quant`, `gguf` |
 //! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
 //! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
 //! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
@@ -44,13 +45,14 @@
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels, where shaders are compiled
-//! without checks, in the memory map and at the border to C.
+//! without checks or were before, in the memory map and at the border to C.
 //!
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.
 
 pub mod backend;
 pub mod bench;
+mod cached;
 pub mod capi;
 pub mod cli;
 pub mod convert;

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 /// same in words.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("cached", &[]),
     ("quant", &[]),
     ("gguf", &["error", "quant"]),
     ("convert", &["error", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
-    ("backend", &["error", "quant", "gguf", "backend"]),
+    ("backend", &["error", "cached", "quant", "gguf", "backend"]),
     ("model", &["error", "quant", "gguf", "backend", "model"]),
     ("sampling", &["error", "model::lm", "sampling"]),
     ("decode", &["error", "model::lm", "sampling", "decode"]),
@@ -22,9 +23,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const FREE: &[&str] =
     &["bench", "cli", "capi", "eval", "pair", "generation", "saved", "lib", "main"];
 
-/// Where `unsafe` may appear: kernels, shaders without checks, the memory map, and the border to C.
-const MAY_BE_UNSAFE: &[&str] =
-    &["src/backend/cpu/", "src/backend/gpu/device.rs", "src/gguf/mod.rs", "src/capi/"];
+/// Where `unsafe` may appear: kernels, shaders without checks or compiled before, the memory map, and the border to C.
+const MAY_BE_UNSAFE: &[&str] = &[
+    "src/backend/cpu/",
+    "src/backend/gpu/device.rs",
+    "src/backend/gpu/pipelines.rs",
+    "src/gguf/mod.rs",
+    "src/capi/",
+];
 
 /// The only place that knows of wgpu.
 const HAS_WGPU: &str = "src/backend/gpu/";

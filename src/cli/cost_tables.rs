@@ -1,9 +1,8 @@
 //! Cost tables of the controller as files: read and written, and kept for each pair and device.
 //!
 //! A kept table makes `auto` decide alike from run to run: the same seed gives the same text, and
-//! measuring is paid once. Tables are kept in the folder that the environment variable
-//! `MTAD_CACHE_DIR` names, or else in `mtad` below the system's folder for caches; removing a
-//! file measures anew.
+//! measuring is paid once. Tables are kept in the folder of [`crate::cached`]; removing a file
+//! measures anew.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -11,6 +10,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use crate::cached;
 use crate::decode::CostTable;
 use crate::error::{Error, Result};
 use crate::pair::Pair;
@@ -40,20 +40,6 @@ pub(super) fn to_json(costs: &CostTable) -> Value {
     json!({"target": costs.target_entries(), "draft": costs.draft_entries()})
 }
 
-/// The folder for caches: none where the system does not say.
-fn folder() -> Option<PathBuf> {
-    let named = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    if let Some(own) = named("MTAD_CACHE_DIR") {
-        return Some(own);
-    }
-    let caches = match std::env::consts::OS {
-        "windows" => named("LOCALAPPDATA"),
-        "macos" => named("HOME").map(|home| home.join("Library/Caches")),
-        _ => named("XDG_CACHE_HOME").or_else(|| named("HOME").map(|home| home.join(".cache"))),
-    };
-    caches.map(|folder| folder.join("mtad"))
-}
-
 /// The place of a pair's table on its device.
 pub(super) struct Kept(Option<PathBuf>);
 
@@ -66,7 +52,9 @@ impl Kept {
             let file = model.file();
             (file.name(), file.file_len(), model.describe()).hash(&mut key);
         }
-        Kept(folder().map(|folder| folder.join(format!("costs-{:016x}.json", key.finish()))))
+        Kept(
+            cached::folder().map(|folder| folder.join(format!("costs-{:016x}.json", key.finish()))),
+        )
     }
 
     /// The table that was kept, if there is one that can be read.
@@ -85,13 +73,7 @@ impl Kept {
     pub fn store(&self, costs: &CostTable) {
         let Some(path) = &self.0 else { return };
         let json = json!({ "cost_table": to_json(costs) }).to_string();
-        let folder = path.parent().unwrap_or(Path::new("."));
-        // Written beside and moved, so that another run never sees half of it.
-        let part = path.with_extension(format!("{}.part", std::process::id()));
-        let written = std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(&part, json))
-            .and_then(|()| std::fs::rename(&part, path));
-        if let Err(error) = written {
+        if let Err(error) = cached::write(path, json.as_bytes()) {
             eprintln!("mtad: the cost table is not kept: {}: {error}", path.display());
         }
     }

@@ -123,6 +123,11 @@ impl Adapter {
         self.features.contains(wgpu::Features::TIMESTAMP_QUERY)
     }
 
+    /// What it can do.
+    pub(super) fn features(&self) -> wgpu::Features {
+        self.features
+    }
+
     /// Its limits, to open it with all of them.
     pub(super) fn limits(&self) -> &wgpu::Limits {
         &self.limits

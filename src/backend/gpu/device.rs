@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::adapter::Adapter;
+use super::pipelines::Pipelines;
 use super::shaders::{Access, Shader};
 use crate::error::{Error, Result};
 
@@ -19,6 +20,9 @@ pub(super) const UPLOAD: usize = 16 << 20;
 /// Seconds that one submission should take at most: systems take a device that does not answer
 /// for lost after two.
 const SUBMISSION_SECONDS: f64 = 0.4;
+
+/// Passes of so many dispatches or more are handed over in two pieces at least.
+const LONG: usize = 64;
 
 /// Locks, whatever happened to the thread that held the lock: what is guarded are caches.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -105,6 +109,7 @@ pub(super) struct Device {
     faults: Arc<Mutex<Faults>>,
     pass_layout: wgpu::BindGroupLayout,
     layouts: Mutex<HashMap<&'static [Access], (wgpu::BindGroupLayout, wgpu::PipelineLayout)>>,
+    compiled: Pipelines,
     pipelines: Mutex<HashMap<Shader, Arc<wgpu::ComputePipeline>>>,
     arenas: Mutex<Vec<Arena>>,
     staging: Mutex<Vec<wgpu::Buffer>>,
@@ -115,6 +120,12 @@ pub(super) struct Device {
     speed: Mutex<Speed>,
     /// Times by kernel, while they are wanted.
     times: Mutex<Option<HashMap<Shader, (f64, usize)>>>,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.compiled.save();
+    }
 }
 
 /// How fast the device was so far.
@@ -139,6 +150,7 @@ impl Device {
         if adapter.has_timestamps() {
             features |= wgpu::Features::TIMESTAMP_QUERY;
         }
+        features |= adapter.features() & Pipelines::FEATURE;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("mtad"),
             required_features: features,
@@ -179,6 +191,7 @@ impl Device {
             ],
         });
         Ok(Device {
+            compiled: Pipelines::open(&device, adapter),
             limits: device.limits(),
             device,
             queue,
@@ -345,7 +358,7 @@ impl Device {
                     zero_initialize_workgroup_memory: false,
                     ..wgpu::PipelineCompilationOptions::default()
                 },
-                cache: None,
+                cache: self.compiled.cache(),
             }));
         lock(&self.pipelines).insert(shader, pipeline.clone());
         pipeline
@@ -422,7 +435,7 @@ impl Device {
     }
 
     /// Hands the work of a pass to the device, and does not wait for it. Work that would take long
-    /// becomes several submissions.
+    /// becomes several submissions, and so does a long list of it.
     pub fn submit(&self, arena: &mut Arena) -> Result<()> {
         let work = &arena.work;
         let (params, data) = (work.params.len() as u64, 4 * work.data.len() as u64);
@@ -440,6 +453,8 @@ impl Device {
         }
 
         let budget = (lock(&self.speed).rate * SUBMISSION_SECONDS) as u64;
+        // The device begins while the rest is still being encoded.
+        let early = if work.ops.len() < LONG { work.ops.len() } else { work.ops.len() / 4 };
         let mut first = 0;
         while first < work.ops.len() || (first == 0 && !work.copies.is_empty()) {
             let mut cost = 0;
@@ -448,7 +463,8 @@ impl Device {
                 self.encode_copies(&mut encoder, work);
             }
             let mut pass = encoder.begin_compute_pass(&Default::default());
-            while first < work.ops.len() && cost <= budget {
+            let end = if first == 0 { early } else { work.ops.len() };
+            while first < end && cost <= budget {
                 self.encode(&mut pass, arena, first);
                 cost += work.ops[first].cost;
                 first += 1;

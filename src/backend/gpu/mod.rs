@@ -2,6 +2,7 @@
 //!
 //! - `adapter`: what the machine has; `device`: buffers, pipelines and submissions of an open GPU;
 //! - `layout`: how the rows of a matrix lie on the device;
+//! - `pipelines`: compiled shaders on disk;
 //! - `shaders`: what a shader is joined from (the WGSL itself is in `shaders/`).
 //!
 //! Weights lie on the device in the bytes of their file, in an order that suits it; large matrices are
@@ -17,6 +18,7 @@
 mod adapter;
 mod device;
 mod layout;
+mod pipelines;
 mod shaders;
 #[cfg(test)]
 mod tests;

@@ -223,7 +223,8 @@ impl Shader {
             ("PIECE", piece),
             ("AHEAD", ahead),
             ("SCORES", 4),
-            ("VALUES", 8),
+            ("VALUES", 16),
+            ("NORMED", 4),
         ];
         let mut out = String::new();
         if self.arithmetic == Arithmetic::F16 {
@@ -384,7 +385,7 @@ impl Shader {
     }
 }
 
-/// Writes out the loops of a shader that begin at 0 and take a fixed number of turns, eight at most.
+/// Writes out the loops of a shader that begin at 0 and take a fixed number of turns, sixteen at most.
 ///
 /// Drivers differ in which loops they unroll, and an array that a loop goes through is kept in
 /// registers only if they do.
@@ -429,7 +430,7 @@ fn turns<'a>(
         "++" => 1,
         other => length(other.strip_prefix(" += ")?)?,
     };
-    (end / step <= 8).then(|| (name, (0..end).step_by(step as usize)))
+    (end / step <= 16).then(|| (name, (0..end).step_by(step as usize)))
 }
 
 /// A text with a word replaced.
