@@ -52,12 +52,13 @@ impl<B: Backend> Llama<B> {
         let mut layers = Vec::new();
         for i in 0..config.layers {
             let name = |part: &str| format!("blk.{i}.{part}");
+            let attention_norm = w.vector(&name("attn_norm.weight"), width)?;
             let (q, k, v) = (name("attn_q"), name("attn_k"), name("attn_v"));
             let (gate, up) = (name("ffn_gate"), name("ffn_up"));
             let [q, k, v] = w.matrices([(&q, q_width), (&k, kv_width), (&v, kv_width)], width)?;
             let [gate, up] = w.matrices([(&gate, ffn_width), (&up, ffn_width)], width)?;
             layers.push(Layer {
-                attention_norm: w.vector(&name("attn_norm.weight"), width)?,
+                attention_norm,
                 q,
                 k,
                 v,
