@@ -12,6 +12,8 @@ const W_STEP = TILE_ROWS + 1u;
 const X_STEP = COLUMNS + 1u;
 
 var<workgroup> memory: array<vec4<u32>, MEMORY>;
+// Sums over ranges: those of the threads of lane 0, four rows of each.
+var<workgroup> totals: array<vec4<f32>, EACH * TILE_ROWS>;
 
 @compute @workgroup_size(256)
 fn main(
@@ -31,7 +33,11 @@ fn main(
     let row = index % 8u;
     let column = index % TILE_ROWS / 8u;
 
-    var totals: array<array<f32, EACH>, ROWS>;
+    if lane == 0u {
+        for (var n = 0u; n < EACH; n++) {
+            totals[n * TILE_ROWS + index] = vec4<f32>();
+        }
+    }
     // (Where a range ends, the next begins.)
     var chunk = load(base, min(fetched_lane, params.chunks - 1u));
     for (var range = 0u; range < RANGES; range++) {
@@ -80,17 +86,19 @@ fn main(
                 }
             }
         }
-        for (var n = 0u; n < EACH; n++) {
-            for (var r = 0u; r < ROWS; r++) {
-                totals[r][n] += sums.total[r][n];
+        if lane == 0u {
+            for (var n = 0u; n < EACH; n++) {
+                totals[n * TILE_ROWS + index] += vec4<f32>(sums.total[0][n], sums.total[1][n],
+                                                           sums.total[2][n], sums.total[3][n]);
             }
         }
     }
     if lane == 0u {
         for (var n = 0u; n < EACH; n++) {
             let to = first_column + column + 4u * n;
+            let four = totals[n * TILE_ROWS + index];
             for (var r = 0u; r < ROWS; r++) {
-                store(first_row + row + 8u * r, to, scaled(totals[r][n], to));
+                store(first_row + row + 8u * r, to, scaled(four[r], to));
             }
         }
     }

@@ -45,7 +45,7 @@
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels, where shaders are compiled
-//! without checks or were before, in the memory map and at the border to C.
+//! without checks or were before, where Vulkan is asked for memory, in the memory map and at the border to C.
 //!
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.

@@ -23,9 +23,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const FREE: &[&str] =
     &["bench", "cli", "capi", "eval", "pair", "generation", "saved", "lib", "main"];
 
-/// Where `unsafe` may appear: kernels, shaders without checks or compiled before, the memory map, and the border to C.
+/// Where `unsafe` may appear: kernels, shaders without checks or compiled before, what Vulkan
+/// alone tells, the memory map, and the border to C.
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/backend/cpu/",
+    "src/backend/gpu/adapter.rs",
     "src/backend/gpu/device.rs",
     "src/backend/gpu/pipelines.rs",
     "src/gguf/mod.rs",

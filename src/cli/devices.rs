@@ -72,10 +72,11 @@ fn print_adapter(i: usize, adapter: &Adapter) -> Result<()> {
         adapter.driver()
     ))?;
     print_line(format_args!(
-        "     limits: {} MiB a binding, {} MiB a buffer, {} KiB workgroup memory; memory not told",
+        "     limits: {} MiB a binding, {} MiB a buffer, {} KiB workgroup memory; memory {}",
         adapter.binding_limit() / MIB,
         adapter.buffer_limit() / MIB,
-        adapter.workgroup_memory() / 1024
+        adapter.workgroup_memory() / 1024,
+        adapter.memory().map_or("not told".to_owned(), |bytes| format!("{} MiB", bytes / MIB))
     ))?;
     let yes_no = |has: bool| if has { "yes" } else { "no" };
     let subgroups = match adapter.subgroups() {
@@ -84,7 +85,7 @@ fn print_adapter(i: usize, adapter: &Adapter) -> Result<()> {
         Some((least, most)) => format!("of {least} to {most}"),
     };
     print_line(format_args!(
-        "     has: subgroups {subgroups}, f16 {} (not used), packed dot product by the driver or \
+        "     has: subgroups {subgroups}, f16 {} (used if MTAD_GPU says `f16`), packed dot product by the driver or \
          emulated, timestamps {}",
         yes_no(adapter.has_f16()),
         yes_no(adapter.has_timestamps())

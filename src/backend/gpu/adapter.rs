@@ -84,18 +84,44 @@ impl Adapter {
         self.limits.max_buffer_size
     }
 
+    /// Bytes of its largest memory that is its own (where CPU and GPU share memory: the shared one), if the
+    /// interface tells: Vulkan does.
+    pub fn memory(&self) -> Option<u64> {
+        #[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+        {
+            const DEVICE_LOCAL: u32 = 1;
+            // SAFETY: the adapter is only looked at, while it is held; nothing of it is destroyed.
+            let adapter = unsafe { self.raw.as_hal::<wgpu::hal::api::Vulkan>() }?;
+            let instance = adapter.shared_instance().raw_instance();
+            // SAFETY: the handle is that of an adapter of this instance, and both exist while it is held.
+            let memory = unsafe {
+                instance.get_physical_device_memory_properties(adapter.raw_physical_device())
+            };
+            let heaps = memory.memory_heaps.iter().take(memory.memory_heap_count as usize);
+            let own = heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0);
+            own.map(|heap| heap.size).max()
+        }
+        #[cfg(not(any(
+            windows,
+            target_os = "linux",
+            target_os = "android",
+            target_os = "freebsd"
+        )))]
+        None
+    }
+
     /// Bytes of memory that a workgroup may share.
     pub fn workgroup_memory(&self) -> u32 {
         self.limits.max_compute_workgroup_storage_size
     }
 
     /// Whether its workgroups are large enough for tiled products: 256 threads that share up to
-    /// 26 KiB.
+    /// 30 KiB.
     pub(super) fn has_room_for_tiles(&self) -> bool {
         let limits = &self.limits;
         limits.max_compute_invocations_per_workgroup >= 256
             && limits.max_compute_workgroup_size_x >= 256
-            && limits.max_compute_workgroup_storage_size >= 26 << 10
+            && limits.max_compute_workgroup_storage_size >= 30 << 10
     }
 
     /// The least and the largest size of a subgroup, if threads of a subgroup can exchange values.

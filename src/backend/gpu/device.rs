@@ -92,7 +92,7 @@ pub(super) struct Arena {
     data: wgpu::Buffer,
     group: wgpu::BindGroup,
     pub work: Work,
-    /// Partial sums of attention; activations as bytes, and their scales; the largest of rows.
+    /// Partial sums of attention, or the largest of slices of rows; activations as bytes, and their scales; the largest of rows.
     pub scratch: [Option<Arc<Storage>>; 4],
 }
 
@@ -493,16 +493,19 @@ impl Device {
         pass.dispatch_workgroups(x, y, z);
     }
 
-    /// Submits, and waits for what was submitted before: the device always has something to do,
-    /// and never more than two pieces.
+    /// Submits and, where there is much to do, waits for what was submitted before: the device always has
+    /// something to do, and never more than two long pieces.
     fn hand_over(&self, encoder: wgpu::CommandEncoder, cost: u64) -> Result<()> {
         let index = self.queue.submit([encoder.finish()]);
         let mut speed = lock(&self.speed);
         speed.begun.get_or_insert_with(Instant::now);
         speed.pending += cost;
+        let is_short = (speed.pending as f64) < speed.rate * SUBMISSION_SECONDS;
         drop(speed);
-        let before = lock(&self.last).replace(index);
-        before.map_or(Ok(()), |before| self.wait(Some(before)))
+        match lock(&self.last).replace(index) {
+            Some(before) if !is_short => self.wait(Some(before)),
+            _ => Ok(()),
+        }
     }
 
     /// Takes down how fast the device was, when it has nothing left to do.

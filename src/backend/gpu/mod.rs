@@ -34,7 +34,8 @@ use crate::quant::BlockType;
 use device::{Arena, Device, Op, Storage, UPLOAD, lock};
 use layout::Layout;
 use shaders::{
-    COLUMNS, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, SPLIT, Shader, TILE_COLUMNS, TILE_ROWS,
+    COLUMNS, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, SORTED, SPLIT, Shader, TILE_COLUMNS,
+    TILE_ROWS,
 };
 
 pub use adapter::Adapter;
@@ -60,8 +61,8 @@ const MOST_UNTILED_ROWS: usize = 16;
 /// more.
 const PARTIAL_BYTES: usize = 32 << 20;
 
-/// The most numbers of a row that are looked for on the device: each takes a look at the whole row.
-const MOST_LARGEST: usize = 8;
+/// The most numbers of a row that are looked for on the device.
+const MOST_LARGEST: usize = 64;
 
 /// Which of several ways to compute is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -788,17 +789,25 @@ impl Backend for Gpu {
             return Ok(false);
         }
         let words = 1 + 2 * k;
+        let slices = buffer.width.div_ceil(SORTED);
         let none = Rows { tokens: &[], line: 0, first_slot: 0, paths: &[], rotations: &[] };
         let mut pass = self.begin(&none)?;
+        let lists = pass.scratch(0, buffer.rows * slices * (words + 1));
         let found = pass.scratch(3, buffer.rows * words);
-        let params =
-            [buffer.width as u32, buffer.stride as u32, k as u32, (1.0 / temperature).to_bits()];
+        let inverse = (1.0 / temperature).to_bits();
         pass.dispatch(
             Shader::plain(Frame::Largest),
-            &[buffer.storage(), &found],
-            &params,
+            &[buffer.storage(), &lists],
+            &[buffer.width as u32, buffer.stride as u32, k as u32, inverse],
+            [slices, buffer.rows, 1],
+            buffer.rows * buffer.width,
+        );
+        pass.dispatch(
+            Shader::plain(Frame::Merge),
+            &[&lists, &found],
+            &[slices as u32, k as u32, inverse],
             [buffer.rows, 1, 1],
-            (k + 1) * buffer.rows * buffer.width,
+            buffer.rows * slices * k,
         );
         pass.end(Ok(()))?;
         let mut copy = Vec::new();

@@ -9,6 +9,9 @@ pub(super) const SPLIT: usize = 256;
 /// The longest head that attention has room for.
 pub(super) const MAX_HEAD: usize = 256;
 
+/// Numbers that one workgroup sorts.
+pub(super) const SORTED: usize = 1024;
+
 /// Words of a row's path: how many tree rows it sees, and their places, four to a word.
 pub(super) const PATH_WORDS: usize = 1 + 128 / 4;
 
@@ -58,6 +61,7 @@ pub(super) enum Frame {
     Gather,
     MoveRows,
     Largest,
+    Merge,
     Stream,
 }
 
@@ -130,9 +134,12 @@ impl Shader {
         use Access::{Read, Write};
         match self.frame {
             Frame::Combine if self.rounds() => &[Read, Write, Write, Write],
-            Frame::Embed | Frame::Gather | Frame::Combine | Frame::Largest | Frame::Stream => {
-                &[Read, Write]
-            }
+            Frame::Embed
+            | Frame::Gather
+            | Frame::Combine
+            | Frame::Largest
+            | Frame::Merge
+            | Frame::Stream => &[Read, Write],
             Frame::RmsNorm if self.rounds() => &[Read, Read, Write, Write, Write],
             Frame::RmsNorm => &[Read, Read, Write],
             Frame::LayerNorm if self.rounds() => &[Read, Read, Read, Write, Write, Write],
@@ -170,6 +177,7 @@ impl Shader {
             Frame::Gather => "gather",
             Frame::MoveRows => "move_rows",
             Frame::Largest => "largest",
+            Frame::Merge => "merge",
             Frame::Stream => "stream",
         }
         .to_owned();
@@ -236,7 +244,7 @@ impl Shader {
         out += &format!(
             "const RANGES = {RANGES}u;\nconst GROUPS = {GROUPS}u;\nconst MINIMA = {minima};\n\
              const OFFSET = {offset}i;\nconst CACHE_F16 = {cache_f16};\nconst SPLIT = {SPLIT}u;\n\
-             const MAX_HEAD = {MAX_HEAD}u;\nconst PATH_WORDS = {PATH_WORDS}u;\n"
+             const MAX_HEAD = {MAX_HEAD}u;\nconst SORTED = {SORTED}u;\nconst PATH_WORDS = {PATH_WORDS}u;\n"
         );
         out += include_str!("../../../shaders/pass.wgsl");
         out += match self.frame {
@@ -255,6 +263,7 @@ impl Shader {
             Frame::Gather => include_str!("../../../shaders/gather.wgsl"),
             Frame::MoveRows => include_str!("../../../shaders/move_rows.wgsl"),
             Frame::Largest => include_str!("../../../shaders/largest.wgsl"),
+            Frame::Merge => include_str!("../../../shaders/merge.wgsl"),
             Frame::Stream => include_str!("../../../shaders/stream.wgsl"),
         };
         if self.is_product() {
@@ -279,6 +288,9 @@ impl Shader {
         let int8 = self.is_product() && self.arithmetic == Arithmetic::Int8;
         if int8 || self.rounds() || self.frame == Frame::Quantize {
             out += include_str!("../../../shaders/int8.wgsl");
+        }
+        if matches!(self.frame, Frame::Largest | Frame::Merge) {
+            out += include_str!("../../../shaders/sort.wgsl");
         }
         if matches!(self.frame, Frame::RmsNorm | Frame::LayerNorm) {
             out += include_str!("../../../shaders/total.wgsl");
@@ -378,6 +390,7 @@ impl Shader {
             Frame::Gather,
             Frame::MoveRows,
             Frame::Largest,
+            Frame::Merge,
             Frame::Stream,
         ];
         all.extend(plain.map(Shader::plain));

@@ -508,12 +508,12 @@ fn variants_are_read_from_words() {
 #[test]
 fn the_largest_of_rows_are_those_of_a_sort() {
     let Some(gpu) = gpus().into_iter().next() else { return };
-    for width in [5, 300, 2051] {
+    for (width, k) in [(5, 5), (300, 5), (2051, 5), (2051, 64), (30_000, 1), (40_000, 64)] {
         // Few different values, so that there are ties.
         let mut x: Vec<f32> =
             noise(9).take(3 * width).map(|x| (x * width as f32 / 8.0).round() + 0.0).collect();
         let mut buffer = gpu.buffer(width);
-        let (k, temperature) = (5, 1.5);
+        let temperature = 1.5;
         let mut find = |x: &[f32]| {
             plain(&gpu, 3, |pass| pass.write(x, &mut buffer));
             let mut largest = Largest::default();
