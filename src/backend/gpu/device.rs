@@ -339,7 +339,7 @@ impl Device {
         // SAFETY: without the checks a shader must not read or write outside its buffers, and its
         // loops must end. Every index is below what the parameters say, which are computed here
         // from the sizes of the buffers: rows and columns of the tensors that were uploaded whole
-        // (with room for the words behind the last), rows of activations below the capacity of
+        // (each row filled up to whole groups of words), rows of activations below the capacity of
         // their buffers, slots below the cache's, tokens below the vocabulary's size. Every loop
         // counts up to a parameter or constant.
         let module = unsafe {

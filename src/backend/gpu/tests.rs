@@ -416,6 +416,85 @@ fn attention_is_the_cpus_and_does_not_depend_on_its_neighbours() {
 }
 
 #[test]
+fn bytes_that_are_written_along_are_those_of_the_rows() {
+    let Some(adapter) = adapter() else { return };
+    for words in ["int8", "int8,no-subgroups"] {
+        let gpu = Gpu::with(&adapter, Variants::parse(words).unwrap()).unwrap();
+        let (n, heads, head_dim) = (3, 3, 64);
+        let width = heads * head_dim;
+        let weight = tensor(BlockType::Q4_0, 40, width);
+        let matrix = gpu.matrix(&weight, None).unwrap();
+        let scales = gpu.vector(&tensor(BlockType::F32, 1, width)).unwrap();
+        let x: Vec<f32> = noise(8).take(n * width).collect();
+        let cache_type = CacheType::F16;
+        let shape = CacheShape { layers: 1, kv_heads: heads, head_dim, cache_type };
+        // Attention over one split, and over several.
+        for line in [2, 600] {
+            let mut cache = gpu.cache(shape);
+            let mut fill =
+                |first_slot: usize, n: usize, then: &mut dyn FnMut(&mut GpuPass<'_>, &Cache)| {
+                    let paths: Vec<u128> = (0..n).map(|i| 1 << i).collect();
+                    let tokens = vec![0; n];
+                    let rows = Rows {
+                        tokens: &tokens,
+                        line: first_slot,
+                        first_slot,
+                        paths: &paths,
+                        rotations: &[],
+                    };
+                    let [mut q, mut k, mut v] = [(); 3].map(|()| gpu.buffer(width));
+                    let values: Vec<f32> = noise(first_slot as u32).take(n * width).collect();
+                    gpu.pass(&rows, 0, |pass| {
+                        for buffer in [&mut q, &mut k, &mut v] {
+                            pass.write(&values, buffer);
+                        }
+                        pass.rotate_and_store(
+                            &mut q,
+                            &mut k,
+                            &v,
+                            RotaryPairs::Halves,
+                            &mut cache,
+                            0,
+                        );
+                        then(pass, &cache);
+                        Ok(())
+                    })
+                    .unwrap();
+                };
+            (0..line)
+                .step_by(100)
+                .for_each(|first| fill(first, 100.min(line - first), &mut |_, _| ()));
+            let [mut from, mut other, mut rows, mut along, mut anew] =
+                [width, width, width, 40, 40].map(|width| gpu.buffer(width));
+            for verb in ["rms_norm", "layer_norm", "swiglu", "attend"] {
+                fill(line, n, &mut |pass, cache| {
+                    pass.write(&x, &mut from);
+                    pass.write(&x, &mut other);
+                    match verb {
+                        "rms_norm" => pass.rms_norm(&from, &scales, 1e-5, &mut rows),
+                        "layer_norm" => pass.layer_norm(&from, &scales, &scales, 1e-5, &mut rows),
+                        "attend" => pass.attend(&from, cache, 0, None, &mut rows),
+                        _ => {
+                            pass.swiglu(&mut other, &from);
+                            std::mem::swap(&mut other, &mut rows);
+                        }
+                    }
+                    assert!(pass.rounded.is_some(), "{verb}");
+                    pass.linear(&rows, &mut [(&matrix, &mut along)]);
+                });
+                // In a pass of their own, rows are rounded anew.
+                plain(&gpu, n, |pass| pass.linear(&rows, &mut [(&matrix, &mut anew)]));
+                let (along, anew) = (read(&gpu, &along), read(&gpu, &anew));
+                assert!(
+                    along == anew && along.iter().any(|x| *x != 0.0),
+                    "{verb} after {line} ({words})"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_committed_row_reads_as_it_did_in_the_tree() {
     let Some(gpu) = gpus().into_iter().next() else { return };
     for cache_type in [CacheType::F16, CacheType::F32] {
