@@ -1,25 +1,39 @@
 // A product with COLUMNS rows of x at a time, so that a block of weights is read and unpacked once for
 // all of them. GROUPS groups of threads have ROWS rows of W each: eight lanes in each range. Weights go
-// to registers from where they lie.
+// to registers from where they lie. What becomes of the sums is said by a file of endings/.
 
-const OUTPUTS = GROUPS * ROWS * COLUMNS;
+const THREADS = LANES * RANGES * GROUPS;
+const GROUP_ROWS = GROUPS * ROWS;
+const OUTPUTS = GROUP_ROWS * COLUMNS;
 
 struct Sums {
     total: array<array<f32, COLUMNS>, ROWS>,
 }
 
-// Sums over lanes: of a range, OUTPUTS after another.
+// Sums over lanes: of each range, of each column, those of all rows.
 var<workgroup> partial: array<f32, RANGES * OUTPUTS>;
 
-@compute @workgroup_size(128)
+// The element of row v of this workgroup and column n.
+fn element(v: u32, n: u32, bias: f32) -> f32 {
+    var sum = 0.0;
+    for (var t = 0u; t < RANGES; t++) {
+        sum += partial[t * OUTPUTS + n * GROUP_ROWS + v];
+    }
+    return finished(sum, n, bias);
+}
+
+@compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) tile: vec3<u32>, thread: Thread) {
     let index = thread_index(thread);
     let lane = index % LANES;
     let range = index / LANES % RANGES;
     let group = index / (LANES * RANGES);
-    let first_row = (tile.x * GROUPS + group) * ROWS;
     let first_column = tile.y * COLUMNS;
 
+    var bases: array<u32, ROWS>;
+    for (var r = 0u; r < ROWS; r++) {
+        bases[r] = w_row(source_row(tile.x, group * ROWS + r));
+    }
     var sums: Sums;
     let end = range_end(range);
     for (var c = range_begin(range) + lane; c < end; c += AHEAD * LANES) {
@@ -27,7 +41,7 @@ fn main(@builtin(workgroup_id) tile: vec3<u32>, thread: Thread) {
         var chunks: array<array<Chunk, ROWS>, AHEAD>;
         for (var a = 0u; a < AHEAD; a++) {
             for (var r = 0u; r < ROWS; r++) {
-                chunks[a][r] = load(w_row(first_row + r), min(c + a * LANES, params.chunks - 1u));
+                chunks[a][r] = load(bases[r], min(c + a * LANES, params.chunks - 1u));
             }
         }
         for (var a = 0u; a < AHEAD; a++) {
@@ -40,17 +54,11 @@ fn main(@builtin(workgroup_id) tile: vec3<u32>, thread: Thread) {
         for (var n = 0u; n < COLUMNS; n++) {
             let sum = sum8(sums.total[r][n], index);
             if lane == 0u {
-                partial[range * OUTPUTS + (group * ROWS + r) * COLUMNS + n] = sum;
+                partial[range * OUTPUTS + n * GROUP_ROWS + group * ROWS + r] = sum;
             }
         }
     }
+    prepare(first_column, index);
     workgroupBarrier();
-    if index < OUTPUTS {
-        var sum = 0.0;
-        for (var t = 0u; t < RANGES; t++) {
-            sum += partial[t * OUTPUTS + index];
-        }
-        let column = first_column + index % COLUMNS;
-        store(tile.x * GROUPS * ROWS + index / COLUMNS, column, scaled(sum, column));
-    }
+    end_of_product(tile.x, first_column, index);
 }

@@ -17,6 +17,10 @@ struct Params {
     columns: u32,
     // Groups of four (in bytes: blocks of 32) of a row of x.
     x_stride: u32,
+    // If not zero: x lacks the factors of its rows' norms, and the sums of its squares begin there.
+    squares: u32,
+    inverse_width: f32,
+    epsilon: f32,
     // The element of out that row 0 of W is.
     first: u32,
     // The biases of out's elements begin there, or there are none.
@@ -29,10 +33,20 @@ struct Params {
     third_stride: u32,
     second: u32,
     third: u32,
+    // Where the sums of squares of what is written as bytes begin.
+    out_squares: u32,
+    // Of queries, keys and values (endings/rotate.wgsl): rows of them that come before those of W; heads, and
+    // pairs of a head that are rotated; whether those are halves; pairs of a row of the cache.
+    above: u32,
+    head_dim: u32,
+    pairs: u32,
+    halves: u32,
+    rotations_at: u32,
+    first_slot: u32,
+    kv_pairs: u32,
 }
 
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 const LANES = 8u;
@@ -56,20 +70,10 @@ fn w_row(row: u32) -> u32 {
     return params.begins + min(row, params.rows - 1u) * params.row_bytes;
 }
 
-fn store(row: u32, column: u32, product: f32) {
-    if row >= params.rows || column >= params.columns {
-        return;
+// The bias of a row of W. (Added to sums by fma, so that no compiler chooses what is rounded.)
+fn bias_of(row: u32) -> f32 {
+    if params.bias_at == NO_BIAS || row >= params.rows {
+        return 0.0;
     }
-    var sum = product;
-    if params.bias_at != NO_BIAS {
-        sum += bias[params.bias_at + row];
-    }
-    if store_elsewhere(row, column, sum) {
-        return;
-    }
-    let at = column * params.out_stride + params.first + row;
-    if params.add != 0u {
-        sum += out[at];
-    }
-    out[at] = sum;
+    return bias[params.bias_at + row];
 }

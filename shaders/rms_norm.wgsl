@@ -44,7 +44,6 @@ fn main(@builtin(workgroup_id) row: vec3<u32>, thread: Thread) {
             if i < params.stride {
                 out[base + i] = values[k];
             }
-            round_block(row.x, params.stride, i, i < params.stride, values[k], index);
         }
     }
 }

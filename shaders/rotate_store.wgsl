@@ -24,21 +24,12 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> values: array<u32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
-fn rotation(row: u32, pair: u32) -> vec2<f32> {
-    let at = params.rotations_at + (row * params.pairs + pair) * 2u;
-    return vec2<f32>(bitcast<f32>(data[at]), bitcast<f32>(data[at + 1u]));
-}
-
 // The elements of a pair, from the start of its head.
 fn elements(pair: u32) -> vec2<u32> {
     if params.halves != 0u {
         return vec2<u32>(pair, pair + params.pairs);
     }
     return vec2<u32>(2u * pair, 2u * pair + 1u);
-}
-
-fn rotate(x: vec2<f32>, r: vec2<f32>) -> vec2<f32> {
-    return vec2<f32>(x.x * r.x - x.y * r.y, x.x * r.y + x.y * r.x);
 }
 
 // Element e of a row's keys, rotated.

@@ -16,9 +16,7 @@ fn main(@builtin(workgroup_id) place: vec3<u32>, thread: Thread) {
     let at = place.y * params.stride + i;
     var values = vec4<f32>();
     if i < params.stride {
-        let g = gate[at];
-        // Far below zero exp(-g) would overflow; what is left of g is nothing there.
-        values = g / (1.0 + exp(min(-g, vec4<f32>(80.0)))) * up[at];
+        values = swiglu(gate[at], up[at]);
         gate[at] = values;
     }
     round_block(place.y, params.stride, i, i < params.stride, values, index);

@@ -93,12 +93,14 @@ fn main(
             }
         }
     }
+    prepare(first_column, index);
+    workgroupBarrier();
     if lane == 0u {
         for (var n = 0u; n < EACH; n++) {
-            let to = first_column + column + 4u * n;
             let four = totals[n * TILE_ROWS + index];
             for (var r = 0u; r < ROWS; r++) {
-                store(first_row + row + 8u * r, to, scaled(four[r], to));
+                let to = first_row + row + 8u * r;
+                store(to, first_column + column + 4u * n, finished(four[r], column + 4u * n, bias_of(to)));
             }
         }
     }

@@ -25,6 +25,8 @@ fn accumulate(before: Sums, chunks: array<Chunk, ROWS>, c: u32, first_column: u3
     return sums;
 }
 
-fn scaled(sum: f32, column: u32) -> f32 {
-    return sum;
+fn prepare(first_column: u32, index: u32) {}
+
+fn finished(sum: f32, n: u32, bias: f32) -> f32 {
+    return sum + bias;
 }

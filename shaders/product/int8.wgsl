@@ -38,7 +38,3 @@ fn accumulate(before: Sums, chunks: array<Chunk, ROWS>, c: u32, first_column: u3
     }
     return sums;
 }
-
-fn scaled(sum: f32, column: u32) -> f32 {
-    return sum;
-}

@@ -11,9 +11,11 @@ fn round_block(row: u32, groups: u32, i: u32, inside: bool, values: vec4<f32>, i
     let packed = pack4xI8(vec4<i32>(round(values * inverse)));
     let sums = sum8(f32(dot4I8Packed(0x01010101u, packed)) * select(1.0, HALF, (i & 4u) != 0u), index);
     if inside {
-        bytes[row * groups + byte_group(groups / 8u, i)] = packed;
+        rounded_bytes[row * groups + byte_group(groups / 8u, i)] = packed;
         if i % 8u == 0u {
-            scales[(row * groups + i) / 8u] = vec2<f32>(d, sums);
+            let at = (row * groups + i) / 4u;
+            rounded_scales[at] = d;
+            rounded_scales[at + 1u] = sums;
         }
     }
 }

@@ -4,7 +4,7 @@ struct Thread {
     @builtin(local_invocation_index) index: u32,
 }
 
-var<workgroup> exchanged: array<f32, 256>;
+var<workgroup> exchanged: array<f32, 512>;
 
 fn thread_index(thread: Thread) -> u32 {
     return thread.index;

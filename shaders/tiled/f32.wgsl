@@ -45,6 +45,8 @@ fn end_of_chunk(sums: Sums) -> Sums {
     return sums;
 }
 
-fn scaled(sum: f32, column: u32) -> f32 {
-    return sum;
+fn prepare(first_column: u32, index: u32) {}
+
+fn finished(sum: f32, n: u32, bias: f32) -> f32 {
+    return sum + bias;
 }

@@ -69,7 +69,3 @@ fn multiply(before: Sums, i: u32, lane: u32, row: u32, column: u32) -> Sums {
 fn end_of_chunk(sums: Sums) -> Sums {
     return sums;
 }
-
-fn scaled(sum: f32, column: u32) -> f32 {
-    return sum;
-}

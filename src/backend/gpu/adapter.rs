@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::shaders::MOST_THREADS;
 use crate::error::{Error, Result};
 
 /// A device that wgpu found, before it is opened.
@@ -122,6 +123,15 @@ impl Adapter {
         limits.max_compute_invocations_per_workgroup >= 256
             && limits.max_compute_workgroup_size_x >= 256
             && limits.max_compute_workgroup_storage_size >= 30 << 10
+    }
+
+    /// Whether its workgroups are large enough for products that do the verb that follows as well, and whether
+    /// these can be given enough buffers.
+    pub(super) fn has_room_for_fused_products(&self) -> bool {
+        let limits = &self.limits;
+        limits.max_compute_invocations_per_workgroup >= MOST_THREADS
+            && limits.max_compute_workgroup_size_x >= MOST_THREADS
+            && limits.max_storage_buffers_per_shader_stage >= 9
     }
 
     /// The least and the largest size of a subgroup, if threads of a subgroup can exchange values.

@@ -12,7 +12,7 @@ use super::shaders::{Access, Shader};
 use crate::error::{Error, Result};
 
 /// Bytes of the parameters of a dispatch.
-pub(super) const PARAMS: usize = 64;
+pub(super) const PARAMS: usize = 128;
 
 /// Weights are uploaded in pieces of this many bytes: a driver keeps what is on its way twice.
 pub(super) const UPLOAD: usize = 16 << 20;
@@ -43,7 +43,7 @@ pub(super) struct Storage {
 struct Groups {
     /// The device's epoch in which they were made.
     epoch: u64,
-    made: HashMap<(&'static [Access], [u64; 6]), wgpu::BindGroup>,
+    made: HashMap<(&'static [Access], [u64; 7]), wgpu::BindGroup>,
 }
 
 /// What the device reported outside of a call.
@@ -92,8 +92,9 @@ pub(super) struct Arena {
     data: wgpu::Buffer,
     group: wgpu::BindGroup,
     pub work: Work,
-    /// Partial sums of attention, or the largest of slices of rows; activations as bytes, and their scales; the largest of rows.
-    pub scratch: [Option<Arc<Storage>>; 4],
+    /// Partial sums of attention, or the largest of slices of rows; activations as bytes, and their scales; the
+    /// largest of rows; other activations as bytes, and their scales.
+    pub scratch: [Option<Arc<Storage>>; 6],
 }
 
 /// Seconds on the device, by kernel.
@@ -368,7 +369,7 @@ impl Device {
     pub fn group(&self, access: &'static [Access], buffers: &[&Storage]) -> wgpu::BindGroup {
         assert_eq!(access.len(), buffers.len());
         let (home, others) = buffers.split_last().expect("a shader has buffers");
-        let mut ids = [0; 6];
+        let mut ids = [0; 7];
         ids.iter_mut().zip(others).for_each(|(id, buffer)| *id = buffer.id);
         let mut groups = lock(&home.groups);
         let epoch = self.epoch.load(Ordering::Relaxed);
@@ -399,7 +400,7 @@ impl Device {
             return arena;
         }
         let (params, data, group) = self.arena_buffers(16 << 10, 16 << 10);
-        Arena { params, data, group, work: Work::default(), scratch: [const { None }; 4] }
+        Arena { params, data, group, work: Work::default(), scratch: [const { None }; 6] }
     }
 
     /// Takes the buffers of a pass back.

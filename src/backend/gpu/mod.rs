@@ -34,8 +34,8 @@ use crate::quant::BlockType;
 use device::{Arena, Device, Op, Storage, UPLOAD, lock};
 use layout::Layout;
 use shaders::{
-    COLUMNS, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, SORTED, SPLIT, Shader, TILE_COLUMNS,
-    TILE_ROWS,
+    COLUMNS, Ending, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, SORTED, SPLIT, Shader,
+    TILE_COLUMNS, TILE_ROWS,
 };
 
 pub use adapter::Adapter;
@@ -79,17 +79,19 @@ pub struct Variants {
     pub tiles: bool,
     /// Products take eight rows of activations always, however many there are; there are no tiles.
     pub padded: bool,
+    /// Products of bytes with up to 16 rows do the verb that follows as well: norms, SwiGLU, rotations.
+    pub fused: bool,
 }
 
 impl Default for Variants {
     fn default() -> Self {
-        Variants { subgroups: true, arithmetic: None, tiles: true, padded: false }
+        Variants { subgroups: true, arithmetic: None, tiles: true, padded: false, fused: true }
     }
 }
 
 impl Variants {
     /// The defaults, changed as the environment variable `MTAD_GPU` says: a list of `f32`, `int8`
-    /// or `f16`, and `subgroups`, `tiles`, `padded`, each of these possibly after `no-`.
+    /// or `f16`, and `subgroups`, `tiles`, `padded`, `fused`, each of these possibly after `no-`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for another word.
@@ -115,9 +117,10 @@ impl Variants {
                 "subgroups" => variants.subgroups = on,
                 "tiles" => variants.tiles = on,
                 "padded" => variants.padded = on,
+                "fused" => variants.fused = on,
                 _ => {
                     return Err(Error::invalid(format!(
-                        "MTAD_GPU has `{word}`; there are f32, int8, f16, and subgroups, tiles, padded, each with or without no- before it"
+                        "MTAD_GPU has `{word}`; there are f32, int8, f16, and subgroups, tiles, padded, fused, each with or without no- before it"
                     )));
                 }
             }
@@ -193,6 +196,9 @@ impl Gpu {
             adapter: adapter.clone(),
             variants: Variants {
                 tiles: variants.tiles && adapter.has_room_for_tiles(),
+                fused: variants.fused
+                    && arithmetic == Arithmetic::Int8
+                    && adapter.has_room_for_fused_products(),
                 ..variants
             },
             arithmetic,
@@ -829,6 +835,94 @@ impl Backend for Gpu {
     }
 }
 
+/// Rows of activations as products read them.
+#[derive(Debug, Clone)]
+struct Operand {
+    rows: usize,
+    width: usize,
+    stride: usize,
+    /// In single precision.
+    floats: Arc<Storage>,
+    /// As bytes or halves.
+    rounded: Option<Rounded>,
+}
+
+/// Rows of activations as bytes or halves.
+#[derive(Debug, Clone)]
+struct Rounded {
+    /// The buffer that has them in single precision.
+    id: u64,
+    values: Arc<Storage>,
+    scales: Arc<Storage>,
+    /// What is still to be applied to them.
+    norm: Option<NormFactors>,
+}
+
+/// How products find the factors of a norm.
+#[derive(Debug, Clone, Copy, Default)]
+struct NormFactors {
+    /// Where sums of squares begin among the scales: never at 0.
+    squares: u32,
+    inverse_width: f32,
+    epsilon: f32,
+}
+
+/// A norm of rows of activations.
+#[derive(Debug)]
+struct Norm {
+    x: Arc<Storage>,
+    weight: Arc<Storage>,
+    epsilon: f32,
+    rows: usize,
+    width: usize,
+    stride: usize,
+    out: Arc<Storage>,
+}
+
+/// A product with one matrix, or with several that lie together.
+#[derive(Debug)]
+struct Product {
+    shader: Shader,
+    /// Weights, activations, their scales, and biases.
+    inputs: [Arc<Storage>; 4],
+    outputs: Vec<Arc<Storage>>,
+    params: ProductParams,
+    /// How many matrices, each with an output.
+    matrices: usize,
+    cost: usize,
+}
+
+/// Parameters of a product: those of `shaders/product.wgsl`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+struct ProductParams {
+    chunks: u32,
+    row_bytes: u32,
+    rows: u32,
+    begins: u32,
+    columns: u32,
+    x_stride: u32,
+    squares: u32,
+    inverse_width: f32,
+    epsilon: f32,
+    first: u32,
+    bias_at: u32,
+    add: u32,
+    out_stride: u32,
+    second_stride: u32,
+    third_stride: u32,
+    second: u32,
+    third: u32,
+    out_squares: u32,
+    above: u32,
+    head_dim: u32,
+    pairs: u32,
+    halves: u32,
+    rotations_at: u32,
+    first_slot: u32,
+    kv_pairs: u32,
+}
+
 /// A pass under way: dispatches are recorded, and submitted when it ends.
 pub struct GpuPass<'p> {
     gpu: &'p Gpu,
@@ -838,8 +932,14 @@ pub struct GpuPass<'p> {
     paths_at: u32,
     /// Where the rotations are.
     rotations_at: u32,
-    /// The buffer whose rows lie rounded to bytes beside it, if it was the last to be written.
-    rounded: Option<u64>,
+    /// Rows that lie as bytes beside their buffer, if it was the last to be written; which of two places
+    /// they are in.
+    rounded: Option<Rounded>,
+    other_bytes: bool,
+    /// A norm that is put off: what reads it says how it is best made.
+    norm: Option<Norm>,
+    /// The products that were recorded last, if nothing was since: the verb that follows may become a part of them.
+    fusible: Vec<Product>,
     /// The first thing that went wrong.
     failed: Option<Error>,
 }
@@ -863,11 +963,23 @@ impl<'p> GpuPass<'p> {
         }
         let rotations_at = data.len() as u32;
         data.extend(rows.rotations.iter().flatten().map(|x| x.to_bits()));
-        GpuPass { gpu, rows, arena, paths_at, rotations_at, rounded: None, failed: None }
+        GpuPass {
+            gpu,
+            rows,
+            arena,
+            paths_at,
+            rotations_at,
+            rounded: None,
+            other_bytes: false,
+            norm: None,
+            fusible: Vec::new(),
+            failed: None,
+        }
     }
 
     /// Submits what was recorded, unless recording it failed.
     pub(super) fn end<R>(mut self, recorded: Result<R>) -> Result<R> {
+        self.end_norm();
         let device = &self.gpu.device;
         let result = match self.failed {
             Some(error) => Err(error),
@@ -888,6 +1000,8 @@ impl<'p> GpuPass<'p> {
         if groups.contains(&0) {
             return;
         }
+        self.end_norm();
+        self.fusible.clear();
         if !shader.is_product() {
             self.rounded = None;
         }
@@ -948,7 +1062,7 @@ impl<'p> GpuPass<'p> {
     }
 
     /// Products of the same rows with matrices of which each follows the one before.
-    fn product(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)], add: bool) {
+    fn product(&mut self, x: &Operand, to: &mut [(&Matrix, &mut Buffer)], add: bool) {
         for (matrix, out) in &mut *to {
             assert_eq!((matrix.cols, matrix.rows), (x.width, out.width));
             if add {
@@ -971,66 +1085,121 @@ impl<'p> GpuPass<'p> {
             false if padded || !columns => (Frame::Matmul, widest),
             false => (Frame::Matmul, fits),
         };
-        if to.iter().any(|(_, out)| self.rounded == Some(out.storage().id)) {
-            self.rounded = None;
-        }
         let arithmetic = self.gpu.arithmetic_with(matrix.block);
-        let subgroups = self.gpu.subgroups && frame == Frame::Matmul;
-        let outputs = if to.len() > 1 { MOST_OUTPUTS } else { 1 };
+        // All rows of several matrices, or the parts of one.
+        let several = to.len() > 1;
         let shader = Shader {
             arithmetic,
             columns,
-            subgroups,
-            outputs,
+            subgroups: self.gpu.subgroups && frame == Frame::Matmul,
+            ending: if several { Ending::Three } else { Ending::One },
             ..Shader::weights(frame, matrix.block)
         };
         let [nothing, no_second, no_third] = &self.gpu.nothing;
-        let bias = matrix.bias.as_ref().map_or(nothing, |bias| &bias.floats);
-        let (values, scales) = match (arithmetic, &self.arena.scratch) {
-            (Arithmetic::F32, _) => (x.storage().clone(), nothing.clone()),
-            (_, [_, Some(values), Some(scales), _]) => (values.clone(), scales.clone()),
-            _ => unreachable!("activations are rounded before their products"),
+        let (no_second, no_third) = (no_second.clone(), no_third.clone());
+        let bias = matrix.bias.as_ref().map_or(nothing, |bias| &bias.floats).clone();
+        let (values, scales, norm) = match &x.rounded {
+            Some(rounded) if arithmetic != Arithmetic::F32 => {
+                (rounded.values.clone(), rounded.scales.clone(), rounded.norm)
+            }
+            _ => (x.floats.clone(), nothing.clone(), None),
         };
-        let x_stride = if arithmetic == Arithmetic::Int8 { x.stride / CHUNK } else { x.stride / 4 };
-        let column_groups = x.rows.div_ceil(columns as usize);
-        // All rows of several matrices, or the parts of one.
-        let several = to.len() > 1;
+        let norm = norm.unwrap_or_default();
         let all_rows: usize = to.iter().map(|(matrix, _)| matrix.rows).sum();
         let output = |i: usize| to.get(i).map(|(_, out)| &**out);
         let second = if several { matrix.rows } else { all_rows };
         let third = to.get(1).map_or(all_rows, |(matrix, _)| second + matrix.rows);
-        let strides = [0, 1, 2].map(|i| output(i).map_or(0, |out| out.stride));
+        let stride = |i: usize| output(i).map_or(0, |out| out.stride as u32);
+        let mut products = Vec::new();
         for part in &matrix.parts.parts {
             let rows = if several { all_rows } else { part.rows };
-            let params = [
-                matrix.cols.div_ceil(CHUNK),
-                matrix.row_bytes,
-                rows,
-                part.begins,
-                x.rows,
-                x_stride,
-                part.first,
-                matrix.bias.as_ref().map_or(NO_BIAS, |bias| bias.at + part.first),
-                usize::from(add),
-                strides[0],
-                strides[1],
-                strides[2],
-                second,
-                third,
-            ]
-            .map(|n| n as u32);
-            let row_groups = rows.div_ceil(shader.group_rows());
-            let groups = match frame {
-                Frame::Tiled => [column_groups, row_groups, 1],
-                _ => [row_groups, column_groups, 1],
+            let bias_at = matrix.bias.as_ref().map_or(NO_BIAS, |bias| bias.at + part.first);
+            let params = ProductParams {
+                chunks: matrix.cols.div_ceil(CHUNK) as u32,
+                row_bytes: matrix.row_bytes as u32,
+                rows: rows as u32,
+                begins: part.begins as u32,
+                columns: x.rows as u32,
+                x_stride: (if arithmetic == Arithmetic::Int8 {
+                    x.stride / CHUNK
+                } else {
+                    x.stride / 4
+                }) as u32,
+                squares: norm.squares,
+                inverse_width: norm.inverse_width,
+                epsilon: norm.epsilon,
+                first: part.first as u32,
+                bias_at: bias_at as u32,
+                add: u32::from(add),
+                out_stride: stride(0),
+                second_stride: stride(1),
+                third_stride: stride(2),
+                second: second as u32,
+                third: third as u32,
+                ..ProductParams::default()
             };
-            let mut buffers = vec![&part.bytes, &values, &scales, bias, to[0].1.storage()];
+            let mut outputs = vec![to[0].1.storage().clone()];
             if several {
-                let others = [(1, no_second), (2, no_third)];
-                buffers.extend(others.map(|(i, none)| output(i).map_or(none, Buffer::storage)));
+                let others = [(1, &no_second), (2, &no_third)];
+                outputs.extend(
+                    others.map(|(i, none)| output(i).map_or(none, Buffer::storage).clone()),
+                );
             }
-            self.dispatch(shader, &buffers, &params, groups, rows * matrix.cols * x.rows);
+            products.push(Product {
+                shader,
+                inputs: [part.bytes.clone(), values.clone(), scales.clone(), bias.clone()],
+                outputs,
+                params,
+                matrices: to.len(),
+                cost: rows * matrix.cols * x.rows,
+            });
         }
+        let is_fusible = self.gpu.variants.fused
+            && frame == Frame::Matmul
+            && arithmetic == Arithmetic::Int8
+            && products.len() == 1;
+        let mut fusible = std::mem::take(&mut self.fusible);
+        products.iter().for_each(|product| self.record(product));
+        if is_fusible {
+            fusible.append(&mut products);
+            self.fusible = fusible;
+        }
+        if to.iter().any(|(_, out)| self.is_rounded(out)) {
+            self.rounded = None;
+        }
+    }
+
+    fn record(&mut self, product: &Product) {
+        let Product { shader, params, .. } = product;
+        let column_groups = (params.columns as usize).div_ceil(shader.columns as usize);
+        let row_groups = match shader.ending {
+            Ending::Swiglu => params.second as usize / CHUNK,
+            _ => (params.rows as usize).div_ceil(shader.group_rows()),
+        };
+        let groups = match shader.frame {
+            Frame::Tiled => [column_groups, row_groups, 1],
+            _ => [row_groups, column_groups, 1],
+        };
+        let buffers: Vec<_> = product.inputs.iter().chain(&product.outputs).collect();
+        self.dispatch(*shader, &buffers, bytemuck::cast_slice(&[*params]), groups, product.cost);
+    }
+
+    /// Takes the products that were recorded last back, to be recorded with another ending.
+    fn take_back(&mut self) -> Vec<Product> {
+        let products = std::mem::take(&mut self.fusible);
+        let work = &mut self.arena.work;
+        work.ops.truncate(work.ops.len() - products.len());
+        work.params.truncate(work.ops.len() * self.gpu.device.params_step());
+        products
+    }
+
+    /// Whether the products that were recorded last have these outputs, one after another.
+    fn have_outputs(&self, outputs: &[&Buffer]) -> bool {
+        let mut made = self.fusible.iter().flat_map(|product| {
+            product.outputs[..product.matrices].iter().map(|storage| storage.id)
+        });
+        outputs.iter().all(|out| out.storage.as_ref().map(|storage| storage.id) == made.next())
+            && made.next().is_none()
     }
 
     /// Rows of a table: those of the tokens, or those of the positions, which are added.
@@ -1060,41 +1229,123 @@ impl<'p> GpuPass<'p> {
         }
     }
 
-    /// Rounds activations to bytes or halves, if a product of this pass wants them so.
-    fn round(&mut self, x: &Buffer, mut matrices: impl Iterator<Item = BlockType>) {
-        let wanted = |block| self.gpu.arithmetic_with(block);
-        let Some(arithmetic) = matrices.find(|&b| wanted(b) != Arithmetic::F32).map(wanted) else {
-            return;
+    /// Rows of activations as products with matrices of some types want them: they are rounded to bytes or
+    /// halves, unless that has been done.
+    fn operand(&mut self, x: &Buffer, matrices: impl Iterator<Item = BlockType>) -> Operand {
+        let mut wanted = matrices.map(|block| self.gpu.arithmetic_with(block)).collect::<Vec<_>>();
+        wanted.dedup();
+        let mut operand = Operand {
+            rows: x.rows,
+            width: x.width,
+            stride: x.stride,
+            floats: x.storage().clone(),
+            rounded: None,
         };
-        if arithmetic == Arithmetic::F16 {
-            let halves = self.scratch(1, x.rows * x.stride / 2);
-            let scales = self.scratch(2, x.rows);
-            return self.dispatch(
-                Shader { arithmetic, ..Shader::plain(Frame::Halve) },
-                &[x.storage(), &halves, &scales],
-                &[x.stride4()],
-                [x.rows, 1, 1],
-                x.rows * x.stride,
-            );
+        if wanted == [Arithmetic::Int8]
+            && self.norm.as_ref().is_some_and(|norm| norm.out.id == x.storage().id)
+        {
+            self.round_norm();
         }
-        if self.rounded == Some(x.storage().id) {
-            return;
+        self.end_norm();
+        match wanted.into_iter().find(|&arithmetic| arithmetic != Arithmetic::F32) {
+            Some(Arithmetic::F16) => {
+                self.fusible.clear();
+                let halves = self.scratch(1, x.rows * x.stride / 2);
+                let scales = self.scratch(2, x.rows);
+                self.dispatch(
+                    Shader { arithmetic: Arithmetic::F16, ..Shader::plain(Frame::Halve) },
+                    &[x.storage(), &halves, &scales],
+                    &[x.stride4()],
+                    [x.rows, 1, 1],
+                    x.rows * x.stride,
+                );
+                operand.rounded = Some(Rounded { id: 0, values: halves, scales, norm: None });
+            }
+            Some(_) if self.is_rounded(x) => operand.rounded.clone_from(&self.rounded),
+            Some(_) => {
+                let rounded = self.room_for_bytes(x.storage(), x.rows, x.stride);
+                let blocks = x.stride / CHUNK;
+                self.dispatch(
+                    Shader::plain(Frame::Quantize),
+                    &[x.storage(), &rounded.values, &rounded.scales],
+                    &[x.stride4(), blocks as u32],
+                    [blocks.div_ceil(64), x.rows, 1],
+                    x.rows * x.stride,
+                );
+                operand.rounded = Some(rounded);
+            }
+            None => {}
         }
-        let [bytes, scales] = self.room_for_bytes(x);
-        let blocks = x.stride / CHUNK;
+        operand
+    }
+
+    /// Whether the rows of a buffer lie beside it as bytes.
+    fn is_rounded(&self, x: &Buffer) -> bool {
+        let id = x.storage.as_ref().map(|storage| storage.id);
+        self.rounded.as_ref().is_some_and(|rounded| Some(rounded.id) == id)
+    }
+
+    /// Where the rows of `x` lie as blocks of bytes, with their scales and sums of squares. (Two places in turns:
+    /// a product reads one while it writes another.)
+    fn room_for_bytes(&mut self, x: &Storage, rows: usize, stride: usize) -> Rounded {
+        let blocks = stride / CHUNK;
+        self.other_bytes = !self.other_bytes;
+        let [values, scales] = if self.other_bytes { [1, 2] } else { [4, 5] };
+        let values = self.scratch(values, rows * blocks * 8);
+        let scales = self.scratch(scales, rows * (blocks * 3 + 1));
+        Rounded { id: x.id, values, scales, norm: None }
+    }
+
+    /// Records a norm that was put off, as its rows in single precision.
+    fn end_norm(&mut self) {
+        let Some(norm) = self.norm.take() else { return };
+        let shader = Shader { subgroups: self.gpu.subgroups, ..Shader::plain(Frame::RmsNorm) };
         self.dispatch(
-            Shader::plain(Frame::Quantize),
-            &[x.storage(), &bytes, &scales],
-            &[x.stride4(), blocks as u32],
-            [blocks.div_ceil(64), x.rows, 1],
-            x.rows * x.stride,
+            shader,
+            &[&norm.x, &norm.weight, &norm.out],
+            &[norm.width as u32, (norm.stride / 4) as u32, norm.epsilon.to_bits()],
+            [norm.rows, 1, 1],
+            norm.rows * norm.stride,
         );
     }
 
-    /// Where the rows of `x` lie as blocks of bytes, and their scales.
-    fn room_for_bytes(&mut self, x: &Buffer) -> [Arc<Storage>; 2] {
-        let blocks = x.rows * x.stride / CHUNK;
-        [self.scratch(1, blocks * 8), self.scratch(2, blocks * 2)]
+    /// Has a norm that was put off written as bytes, without the factors of its rows: by the product before it if
+    /// there is one.
+    fn round_norm(&mut self) {
+        let Some(norm) = self.norm.take() else { return };
+        let Norm { rows, width, stride, .. } = norm;
+        let mut rounded = self.room_for_bytes(&norm.out, rows, stride);
+        let squares = (2 * rows * stride / CHUNK) as u32;
+        let factors =
+            NormFactors { squares, inverse_width: 1.0 / width as f32, epsilon: norm.epsilon };
+        let follows = |product: &Product| {
+            product.outputs[0].id == norm.x.id
+                && product.shader.ending == Ending::One
+                && product.params.add != 0
+                && product.params.rows as usize == width
+                && width % CHUNK == 0
+        };
+        if matches!(&self.fusible[..], [product] if follows(product)) {
+            for mut product in self.take_back() {
+                product.shader.ending = Ending::Norm;
+                product.params.out_squares = squares;
+                let more = [&norm.weight, &rounded.values, &rounded.scales];
+                product.outputs.extend(more.map(Arc::clone));
+                self.record(&product);
+            }
+        } else {
+            let arithmetic = Arithmetic::Int8;
+            let subgroups = self.gpu.subgroups;
+            self.dispatch(
+                Shader { arithmetic, subgroups, ..Shader::plain(Frame::Weigh) },
+                &[&norm.x, &norm.weight, &rounded.values, &rounded.scales],
+                &[(stride / 4) as u32, squares],
+                [(stride / 4).div_ceil(64), rows, 1],
+                rows * stride,
+            );
+        }
+        rounded.norm = Some(factors);
+        self.rounded = Some(rounded);
     }
 
     /// Runs a frame over rows of activations that products read next: where these want bytes, and it can,
@@ -1113,11 +1364,11 @@ impl<'p> GpuPass<'p> {
         if self.gpu.arithmetic != Arithmetic::Int8 || !can {
             return self.dispatch(shader, &buffers, params, groups, cost);
         }
-        let [bytes, scales] = self.room_for_bytes(out);
-        buffers.extend([&bytes, &scales]);
+        let rounded = self.room_for_bytes(out.storage(), out.rows, out.stride);
+        buffers.extend([&rounded.values, &rounded.scales]);
         let shader = Shader { arithmetic: Arithmetic::Int8, ..shader };
         self.dispatch(shader, &buffers, params, groups, cost);
-        self.rounded = out.storage.as_ref().map(|storage| storage.id);
+        self.rounded = Some(rounded);
     }
 
     /// Makes room for the rows of this pass in a layer.
@@ -1174,15 +1425,11 @@ impl Pass<Gpu> for GpuPass<'_> {
 
     fn rms_norm(&mut self, x: &Buffer, weight: &Vector, epsilon: f32, out: &mut Buffer) {
         assert_eq!((x.width, x.width), (out.width, weight.len));
+        self.end_norm();
         self.set_rows(out, x.rows);
-        self.activations(
-            Shader::plain(Frame::RmsNorm),
-            out,
-            &[x.storage(), &weight.floats, out.storage()],
-            &[x.width as u32, x.stride4(), epsilon.to_bits()],
-            [x.rows, 1, 1],
-            (true, x.rows * x.stride),
-        );
+        let Buffer { rows, width, stride, .. } = *x;
+        let (x, weight, out) = (x.storage().clone(), weight.floats.clone(), out.storage().clone());
+        self.norm = Some(Norm { x, weight, epsilon, rows, width, stride, out });
     }
 
     fn layer_norm(
@@ -1206,7 +1453,8 @@ impl Pass<Gpu> for GpuPass<'_> {
     }
 
     fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
-        self.round(x, to.iter().map(|(matrix, _)| matrix.block));
+        let x = &self.operand(x, to.iter().map(|(matrix, _)| matrix.block));
+        self.fusible.clear();
         let mut first = 0;
         while first < to.len() {
             let mut end = first + 1;
@@ -1219,7 +1467,8 @@ impl Pass<Gpu> for GpuPass<'_> {
     }
 
     fn linear_add(&mut self, x: &Buffer, weight: &Matrix, out: &mut Buffer) {
-        self.round(x, std::iter::once(weight.block));
+        let x = &self.operand(x, std::iter::once(weight.block));
+        self.fusible.clear();
         self.product(x, &mut [(weight, out)], true);
     }
 
@@ -1246,6 +1495,31 @@ impl Pass<Gpu> for GpuPass<'_> {
         }
         let (heads, rotated) = (q.width / head_dim, self.rows.rotations.len() / n);
         let halves = usize::from(pairs == RotaryPairs::Halves);
+        if head_dim % 4 == 0 && rotated % 2 == 0 && self.have_outputs(&[q, k, v]) {
+            let (second, third) = (q.width, q.width + k.width);
+            let mut above = 0;
+            for mut product in self.take_back() {
+                product.shader.ending = Ending::Rotate;
+                product.shader.cache_f16 = cache.is_f16();
+                product.outputs = vec![q.storage().clone(), keys.clone(), values.clone()];
+                product.params = ProductParams {
+                    out_stride: q.stride as u32,
+                    second: second as u32,
+                    third: third as u32,
+                    above,
+                    head_dim: head_dim as u32,
+                    pairs: rotated as u32,
+                    halves: halves as u32,
+                    rotations_at: self.rotations_at,
+                    first_slot: self.rows.first_slot as u32,
+                    kv_pairs: (kv_heads * head_dim / 2) as u32,
+                    ..product.params
+                };
+                above += product.params.rows;
+                self.record(&product);
+            }
+            return;
+        }
         let params = [
             heads,
             kv_heads,
@@ -1343,6 +1617,17 @@ impl Pass<Gpu> for GpuPass<'_> {
 
     fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
         assert_eq!((gate.stride, gate.rows), (up.stride, up.rows));
+        if gate.width % CHUNK == 0 && self.fusible.len() == 1 && self.have_outputs(&[gate, up]) {
+            let rounded = self.room_for_bytes(gate.storage(), gate.rows, gate.stride);
+            for mut product in self.take_back() {
+                product.shader.ending = Ending::Swiglu;
+                product.outputs =
+                    vec![gate.storage().clone(), rounded.values.clone(), rounded.scales.clone()];
+                self.record(&product);
+            }
+            self.rounded = Some(rounded);
+            return;
+        }
         self.activations(
             Shader::plain(Frame::Swiglu),
             gate,

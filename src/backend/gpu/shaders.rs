@@ -19,8 +19,11 @@ pub(super) const PATH_WORDS: usize = 1 + 128 / 4;
 /// 8, on an NVIDIA H200: 2 leaves it idle while it waits for memory, 8 makes tiles a fifth slower.)
 const RANGES: u32 = 4;
 
-/// Groups of threads of a product that have weight rows of their own: 128 threads in all.
-const GROUPS: u32 = 128 / (8 * RANGES);
+/// Threads that share a few rows of weights: eight in each range.
+const GROUP: u32 = 8 * RANGES;
+
+/// The most threads of a product.
+pub(super) const MOST_THREADS: u32 = 512;
 
 /// Rows of activations that a product takes at once: the least that is enough, or several times
 /// the largest.
@@ -49,6 +52,7 @@ pub(super) enum Frame {
     Embed,
     RmsNorm,
     LayerNorm,
+    Weigh,
     Matmul,
     Tiled,
     Quantize,
@@ -87,6 +91,28 @@ impl Arithmetic {
     }
 }
 
+/// What a product does with its sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Ending {
+    /// They go to one buffer, or are added to it.
+    One,
+    /// They go to up to [`MOST_OUTPUTS`] buffers.
+    Three,
+    /// They are added to a buffer, which also gets the norm that follows.
+    Norm,
+    /// They are gate and up of a SwiGLU, whose result goes to a buffer.
+    Swiglu,
+    /// They are queries, keys and values, which are rotated, and stored in the cache.
+    Rotate,
+}
+
+impl Ending {
+    /// Whether the verb that follows a product is done by it.
+    fn is_fused(self) -> bool {
+        !matches!(self, Ending::One | Ending::Three)
+    }
+}
+
 /// What a shader is joined from; fields that a frame has no use for have their least value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shader {
@@ -99,8 +125,8 @@ pub(super) struct Shader {
     pub columns: u32,
     /// Whether threads exchange sums in registers.
     pub subgroups: bool,
-    /// Buffers that a product's results go to, at most: 1 or [`MOST_OUTPUTS`].
-    pub outputs: usize,
+    /// What a product does with its sums.
+    pub ending: Ending,
     /// Whether the cache is stored in half precision.
     pub cache_f16: bool,
 }
@@ -114,7 +140,7 @@ impl Shader {
             arithmetic: Arithmetic::F32,
             columns: 1,
             subgroups: false,
-            outputs: 1,
+            ending: Ending::One,
             cache_f16: false,
         }
     }
@@ -140,14 +166,17 @@ impl Shader {
             | Frame::Largest
             | Frame::Merge
             | Frame::Stream => &[Read, Write],
-            Frame::RmsNorm if self.rounds() => &[Read, Read, Write, Write, Write],
             Frame::RmsNorm => &[Read, Read, Write],
+            Frame::Weigh => &[Read, Read, Write, Write],
             Frame::LayerNorm if self.rounds() => &[Read, Read, Read, Write, Write, Write],
             Frame::LayerNorm => &[Read, Read, Read, Write],
-            Frame::Matmul | Frame::Tiled if self.outputs > 1 => {
-                &[Read, Read, Read, Read, Write, Write, Write]
-            }
-            Frame::Matmul | Frame::Tiled => &[Read, Read, Read, Read, Write],
+            Frame::Matmul | Frame::Tiled => match self.ending {
+                Ending::One => &[Read, Read, Read, Read, Write],
+                Ending::Three | Ending::Swiglu | Ending::Rotate => {
+                    &[Read, Read, Read, Read, Write, Write, Write]
+                }
+                Ending::Norm => &[Read, Read, Read, Read, Write, Read, Write, Write],
+            },
             Frame::Quantize | Frame::Halve => &[Read, Write, Write],
             Frame::RotateStore => &[Write, Read, Read, Write, Write],
             Frame::Attend if self.rounds() => &[Read, Read, Read, Write, Write, Write, Write],
@@ -165,6 +194,7 @@ impl Shader {
             Frame::Embed => "embed",
             Frame::RmsNorm => "rms_norm",
             Frame::LayerNorm => "layer_norm",
+            Frame::Weigh => "weigh",
             Frame::Matmul => "matmul",
             Frame::Tiled => "tiled",
             Frame::Quantize => "quantize",
@@ -189,6 +219,12 @@ impl Shader {
                 name += &format!(" {}", self.arithmetic.name());
             }
             name += &format!(" x{}", self.columns);
+            name += match self.ending {
+                Ending::One | Ending::Three => "",
+                Ending::Norm => ", norm",
+                Ending::Swiglu => ", swiglu",
+                Ending::Rotate => ", rotate_store",
+            };
         }
         name
     }
@@ -196,18 +232,31 @@ impl Shader {
     /// Weight rows that a thread of a product has at once: the more rows of activations there are, the
     /// more it pays to read one once for several rows of weights.
     fn thread_rows(&self) -> u32 {
-        match (self.frame, self.columns) {
-            (Frame::Tiled, _) => TILED_ROWS,
-            (_, ..=2) => 2,
+        match (self.frame, self.ending, self.columns) {
+            (Frame::Tiled, ..) => TILED_ROWS,
+            (_, Ending::Swiglu, _) => 4,
+            (_, _, ..=2) => 2,
             _ => 4,
         }
+    }
+
+    /// Groups of threads of a product that have weight rows of their own.
+    fn groups(&self) -> u32 {
+        let rows = match self.ending {
+            // A block of 32 results, from as many rows or twice as many.
+            Ending::Norm => 32,
+            Ending::Swiglu => 64,
+            // 128 threads.
+            _ => return 128 / GROUP,
+        };
+        rows / self.thread_rows()
     }
 
     /// Weight rows of a workgroup of a product.
     pub fn group_rows(&self) -> usize {
         match self.frame {
             Frame::Tiled => TILE_ROWS as usize,
-            _ => (GROUPS * self.thread_rows()) as usize,
+            _ => (self.groups() * self.thread_rows()) as usize,
         }
     }
 
@@ -222,7 +271,7 @@ impl Shader {
         // A piece of a tile is what workgroups have memory for.
         let piece = if self.arithmetic == Arithmetic::Int8 { 4 } else { 2 };
         // Where there are many rows of activations, there is enough to do while a block is on its way.
-        let ahead = if *columns <= 2 { 2 } else { 1 };
+        let ahead = if self.thread_rows() <= 2 { 2 } else { 1 };
         let lengths = [
             ("ROWS", self.thread_rows()),
             ("COLUMNS", *columns),
@@ -233,6 +282,8 @@ impl Shader {
             ("SCORES", 4),
             ("VALUES", 16),
             ("NORMED", 4),
+            ("CACHE_WORDS", if *cache_f16 { 1 } else { 2 }),
+            ("GROUPS", self.groups()),
         ];
         let mut out = String::new();
         if self.arithmetic == Arithmetic::F16 {
@@ -242,7 +293,7 @@ impl Shader {
             out += &format!("const {name} = {length}u;\n");
         }
         out += &format!(
-            "const RANGES = {RANGES}u;\nconst GROUPS = {GROUPS}u;\nconst MINIMA = {minima};\n\
+            "const RANGES = {RANGES}u;\nconst MINIMA = {minima};\n\
              const OFFSET = {offset}i;\nconst CACHE_F16 = {cache_f16};\nconst SPLIT = {SPLIT}u;\n\
              const MAX_HEAD = {MAX_HEAD}u;\nconst SORTED = {SORTED}u;\nconst PATH_WORDS = {PATH_WORDS}u;\n"
         );
@@ -251,6 +302,7 @@ impl Shader {
             Frame::Embed => include_str!("../../../shaders/embed.wgsl"),
             Frame::RmsNorm => include_str!("../../../shaders/rms_norm.wgsl"),
             Frame::LayerNorm => include_str!("../../../shaders/layer_norm.wgsl"),
+            Frame::Weigh => include_str!("../../../shaders/weigh.wgsl"),
             Frame::Matmul => include_str!("../../../shaders/matmul.wgsl"),
             Frame::Tiled => include_str!("../../../shaders/tiled.wgsl"),
             Frame::Quantize => include_str!("../../../shaders/quantize.wgsl"),
@@ -279,13 +331,32 @@ impl Shader {
                 (_, Arithmetic::F16) => include_str!("../../../shaders/product/f16.wgsl"),
             };
         }
-        if self.is_product() {
-            out += match self.outputs {
-                1 => include_str!("../../../shaders/outputs/one.wgsl"),
-                _ => include_str!("../../../shaders/outputs/three.wgsl"),
-            };
-        }
         let int8 = self.is_product() && self.arithmetic == Arithmetic::Int8;
+        if self.is_product() {
+            let elements = include_str!("../../../shaders/endings/elements.wgsl");
+            out += match self.ending {
+                Ending::One => include_str!("../../../shaders/endings/one.wgsl"),
+                Ending::Three => include_str!("../../../shaders/endings/three.wgsl"),
+                Ending::Norm => include_str!("../../../shaders/endings/norm.wgsl"),
+                Ending::Swiglu => include_str!("../../../shaders/endings/swiglu.wgsl"),
+                Ending::Rotate => include_str!("../../../shaders/endings/rotate.wgsl"),
+            };
+            if !self.ending.is_fused() {
+                out += elements;
+                if self.frame == Frame::Matmul {
+                    out += include_str!("../../../shaders/endings/plain.wgsl");
+                }
+            }
+            if int8 {
+                out += include_str!("../../../shaders/norm_factors.wgsl");
+            }
+        }
+        if self.frame == Frame::RotateStore || self.ending == Ending::Rotate {
+            out += include_str!("../../../shaders/rotation.wgsl");
+        }
+        if self.frame == Frame::Swiglu || self.ending == Ending::Swiglu {
+            out += include_str!("../../../shaders/silu.wgsl");
+        }
         if int8 || self.rounds() || self.frame == Frame::Quantize {
             out += include_str!("../../../shaders/int8.wgsl");
         }
@@ -297,13 +368,15 @@ impl Shader {
         }
         if self.rounds() {
             let first = self.access().len() - 2;
-            for (at, name, element) in [(first, "bytes", "u32"), (first + 1, "scales", "vec2<f32>")]
-            {
+            for (at, name, element) in [(first, "bytes", "u32"), (first + 1, "scales", "f32")] {
                 out += &format!(
-                    "@group(0) @binding({at}) var<storage, read_write> {name}: array<{element}>;\n"
+                    "@group(0) @binding({at}) var<storage, read_write> rounded_{name}: array<{element}>;\n"
                 );
             }
             out += include_str!("../../../shaders/rounded/bytes.wgsl");
+            if self.frame == Frame::Weigh || self.ending == Ending::Norm {
+                out += include_str!("../../../shaders/rounded/squares.wgsl");
+            }
         } else if self.may_round() {
             out += include_str!("../../../shaders/rounded/not.wgsl");
         }
@@ -325,13 +398,14 @@ impl Shader {
 
     /// Whether threads exchange sums.
     fn sums(&self) -> bool {
-        self.frame == Frame::Matmul || self.may_round()
+        matches!(self.frame, Frame::Matmul | Frame::RmsNorm) || self.may_round()
     }
 
     /// Whether it writes activations that products may read.
     fn may_round(&self) -> bool {
-        use Frame::{Attend, Combine, LayerNorm, RmsNorm, Swiglu};
-        matches!(self.frame, RmsNorm | LayerNorm | Swiglu | Attend | Combine)
+        use Frame::{Attend, Combine, LayerNorm, Swiglu, Weigh};
+        matches!(self.frame, LayerNorm | Weigh | Swiglu | Attend | Combine)
+            || matches!(self.ending, Ending::Norm | Ending::Swiglu)
     }
 
     /// Whether it writes its activations as bytes too.
@@ -344,7 +418,10 @@ impl Shader {
     pub fn all() -> Vec<Shader> {
         let mut all = Vec::new();
         for subgroups in [false, true] {
-            for frame in [Frame::RmsNorm, Frame::LayerNorm, Frame::Swiglu, Frame::Combine] {
+            all.push(Shader { subgroups, ..Shader::plain(Frame::RmsNorm) });
+            let weigh = Shader { arithmetic: Arithmetic::Int8, ..Shader::plain(Frame::Weigh) };
+            all.push(Shader { subgroups, ..weigh });
+            for frame in [Frame::LayerNorm, Frame::Swiglu, Frame::Combine] {
                 let arithmetics = [Arithmetic::F32, Arithmetic::Int8];
                 all.extend(arithmetics.map(|a| Shader {
                     arithmetic: a,
@@ -370,8 +447,16 @@ impl Shader {
                     all.extend([false, true].map(|s| product(Frame::Matmul, columns, s)));
                 }
                 let tiled = product(Frame::Tiled, TILE_COLUMNS, false);
-                all.extend([1, MOST_OUTPUTS].map(|outputs| Shader { outputs, ..tiled }));
-                all.push(Shader { outputs: MOST_OUTPUTS, ..product(Frame::Matmul, 1, false) });
+                all.extend([Ending::One, Ending::Three].map(|ending| Shader { ending, ..tiled }));
+                all.push(Shader { ending: Ending::Three, ..product(Frame::Matmul, 1, false) });
+                if arithmetic == Arithmetic::Int8 {
+                    for columns in COLUMNS {
+                        let fused = product(Frame::Matmul, columns, columns > 1);
+                        let endings = [Ending::Norm, Ending::Swiglu, Ending::Rotate];
+                        all.extend(endings.map(|ending| Shader { ending, ..fused }));
+                        all.push(Shader { ending: Ending::Rotate, cache_f16: true, ..fused });
+                    }
+                }
             }
         }
         for cache_f16 in [false, true] {

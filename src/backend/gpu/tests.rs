@@ -466,12 +466,11 @@ fn bytes_that_are_written_along_are_those_of_the_rows() {
                 .for_each(|first| fill(first, 100.min(line - first), &mut |_, _| ()));
             let [mut from, mut other, mut rows, mut along, mut anew] =
                 [width, width, width, 40, 40].map(|width| gpu.buffer(width));
-            for verb in ["rms_norm", "layer_norm", "swiglu", "attend"] {
+            for verb in ["layer_norm", "swiglu", "attend"] {
                 fill(line, n, &mut |pass, cache| {
                     pass.write(&x, &mut from);
                     pass.write(&x, &mut other);
                     match verb {
-                        "rms_norm" => pass.rms_norm(&from, &scales, 1e-5, &mut rows),
                         "layer_norm" => pass.layer_norm(&from, &scales, &scales, 1e-5, &mut rows),
                         "attend" => pass.attend(&from, cache, 0, None, &mut rows),
                         _ => {
@@ -489,6 +488,130 @@ fn bytes_that_are_written_along_are_those_of_the_rows() {
                     along == anew && along.iter().any(|x| *x != 0.0),
                     "{verb} after {line} ({words})"
                 );
+            }
+        }
+    }
+}
+
+/// The verbs of a Llama layer and of what follows the last, over `n` rows that see themselves alone.
+struct Layer {
+    width: usize,
+    heads: usize,
+    kv_heads: usize,
+    ffn: usize,
+    /// Of queries and keys, of values, and of the others.
+    types: [BlockType; 3],
+    biased: bool,
+    pairs: RotaryPairs,
+    /// Elements of a head that are rotated, of 32.
+    rotated: usize,
+    cache_type: CacheType,
+}
+
+/// Returns the rows after the layer, its logits, and what it left in the cache.
+fn layer<B: Backend>(backend: &B, l: &Layer, n: usize) -> (Vec<f32>, Vec<f32>, Vec<u8>) {
+    let (q_width, kv_width) = (l.heads * 32, l.kv_heads * 32);
+    let weight = |block, rows, cols| (tensor(block, rows, cols), None::<SharedTensor>);
+    let biased = |(weight, _): (SharedTensor, _)| {
+        let bias = l.biased.then(|| tensor(BlockType::F32, 1, weight.view().rows));
+        (weight, bias)
+    };
+    let [qk, v, others] = l.types;
+    let shapes = [(qk, q_width), (qk, kv_width), (v, kv_width)];
+    let qkv: Vec<_> = shapes.map(|(t, rows)| biased(weight(t, rows, l.width))).into();
+    let qkv = backend.matrices(&qkv).unwrap();
+    // (Of two tensors alike one would be there once.)
+    let gates = [weight(others, l.ffn, l.width), weight(others, l.ffn, l.width)];
+    let gates = backend.matrices(&gates).unwrap();
+    let matrix = |rows, cols| {
+        let (weight, bias) = biased(weight(others, rows, cols));
+        backend.matrix(&weight, bias.as_ref()).unwrap()
+    };
+    let (o, down) = (matrix(l.width, q_width), matrix(l.width, l.ffn));
+    let output = matrix(45, l.width);
+    let norm = backend.vector(&tensor(BlockType::F32, 1, l.width)).unwrap();
+    let shape =
+        CacheShape { layers: 1, kv_heads: l.kv_heads, head_dim: 32, cache_type: l.cache_type };
+    let mut cache = backend.cache(shape);
+    let [mut x, mut normed] = [(); 2].map(|()| backend.buffer(l.width));
+    let [mut q, mut attended] = [(); 2].map(|()| backend.buffer(q_width));
+    let [mut k, mut v] = [(); 2].map(|()| backend.buffer(kv_width));
+    let [mut gate, mut up] = [(); 2].map(|()| backend.buffer(l.ffn));
+    let mut logits = backend.buffer(45);
+    let paths: Vec<u128> = (0..n).map(|i| 1 << i).collect();
+    let rotations: Vec<[f32; 2]> =
+        (0..n * l.rotated / 2).map(|i| (i as f32).sin_cos().into()).collect();
+    let tokens = vec![0; n];
+    let rows =
+        Rows { tokens: &tokens, line: 0, first_slot: 0, paths: &paths, rotations: &rotations };
+    let input: Vec<f32> = noise(2).take(n * l.width).collect();
+    backend
+        .pass(&rows, 1 << 20, |pass| {
+            pass.write(&input, &mut x);
+            pass.rms_norm(&x, &norm, 1e-2, &mut normed);
+            let to = [&mut q, &mut k, &mut v];
+            pass.linear(&normed, &mut qkv.iter().zip(to).collect::<Vec<_>>());
+            pass.rotate_and_store(&mut q, &mut k, &v, l.pairs, &mut cache, 0);
+            pass.attend(&q, &cache, 0, None, &mut attended);
+            pass.linear_add(&attended, &o, &mut x);
+            pass.rms_norm(&x, &norm, 1e-2, &mut normed);
+            pass.linear(&normed, &mut [(&gates[0], &mut gate), (&gates[1], &mut up)]);
+            pass.swiglu(&mut gate, &up);
+            pass.linear_add(&gate, &down, &mut x);
+            pass.rms_norm(&x, &norm, 1e-2, &mut normed);
+            pass.linear(&normed, &mut [(&output, &mut logits)]);
+            Ok(())
+        })
+        .unwrap();
+    let mut saved = Vec::new();
+    backend.save_rows(&cache, 0..n, &mut saved).unwrap();
+    (read(backend, &x), read(backend, &logits), saved)
+}
+
+#[test]
+fn verbs_that_products_do_as_well_give_the_bits_that_they_give_alone() {
+    use BlockType::{Q4_0, Q4_K, Q6_K, Q8_0};
+    let Some(adapter) = adapter() else { return };
+    let cpu = Cpu::new(1).unwrap();
+    let small = Layer {
+        width: 96,
+        heads: 3,
+        kv_heads: 1,
+        ffn: 160,
+        types: [Q4_0, Q4_0, Q8_0],
+        biased: true,
+        pairs: RotaryPairs::Interleaved,
+        rotated: 32,
+        cache_type: CacheType::F16,
+    };
+    let large = Layer {
+        width: 512,
+        heads: 8,
+        kv_heads: 2,
+        ffn: 512,
+        types: [Q4_K, Q6_K, Q4_K],
+        biased: false,
+        pairs: RotaryPairs::Halves,
+        rotated: 24,
+        cache_type: CacheType::F32,
+    };
+    let halves = Layer { pairs: RotaryPairs::Halves, cache_type: CacheType::F32, ..small };
+    let part = Layer { rotated: 20, types: [Q8_0, Q4_0, Q4_0], ..halves };
+    // Pairs that do not come in twos are rotated on their own.
+    let odd = Layer { rotated: 6, pairs: RotaryPairs::Halves, ..small };
+    for words in ["int8", "int8,no-subgroups", "int8,padded"] {
+        let fused = Gpu::with(&adapter, Variants::parse(words).unwrap()).unwrap();
+        let apart = Variants { fused: false, ..fused.variants() };
+        let apart = Gpu::with(&adapter, apart).unwrap();
+        for l in [&small, &large, &halves, &part, &odd] {
+            let exact: Vec<f64> = layer(&cpu, l, 19).1.into_iter().map(f64::from).collect();
+            let all = layer(&fused, l, 19);
+            let error = nmse(&all.1, &exact);
+            assert!(error < 1e-3, "{words}: {error:.1e}");
+            for n in [1, 2, 3, 8, 9, 19] {
+                let some = layer(&fused, l, n);
+                assert!(some == layer(&apart, l, n), "{words}, {n} rows");
+                assert!(some.1 == all.1[..n * 45], "{words}, {n} rows of 19");
             }
         }
     }
@@ -578,8 +701,8 @@ fn names_choose_adapters() {
 fn variants_are_read_from_words() {
     assert_eq!(Variants::parse("").unwrap(), Variants::default());
     let arithmetic = Some(Arithmetic::Int8);
-    let all = Variants { subgroups: false, arithmetic, tiles: false, padded: true };
-    assert_eq!(Variants::parse("no-subgroups, int8,no-tiles,padded").unwrap(), all);
+    let all = Variants { subgroups: false, arithmetic, tiles: false, padded: true, fused: false };
+    assert_eq!(Variants::parse("no-subgroups, int8,no-tiles,padded,no-fused").unwrap(), all);
     assert_eq!(Variants::parse("int8,f16").unwrap().arithmetic, Some(Arithmetic::F16));
     assert!(Variants::parse("fast").unwrap_err().to_string().contains("MTAD_GPU has `fast`"));
 }

@@ -1,4 +1,5 @@
 // A product has one output.
+
 fn store_elsewhere(row: u32, column: u32, sum: f32) -> bool {
     return false;
 }
