@@ -26,8 +26,9 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> q: array<f32>;
-@group(0) @binding(1) var<storage, read> keys: array<u32>;
-@group(0) @binding(2) var<storage, read> values: array<u32>;
+// Rows of the cache as they are read: PAIRS pairs of elements at a time (cache/).
+@group(0) @binding(1) var<storage, read> keys: array<Cached>;
+@group(0) @binding(2) var<storage, read> values: array<Cached>;
 @group(0) @binding(3) var<storage, read_write> partial: array<f32>;
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
@@ -42,7 +43,9 @@ var<workgroup> query: array<vec2<f32>, MAX_HEAD / 2u>;
 var<workgroup> scores: array<f32, SPLIT>;
 var<workgroup> slots: array<u32, SPLIT>;
 var<workgroup> largest: array<f32, 16>;
-var<workgroup> group_sums: array<vec3<f32>, SPLIT>;
+// Of each group of threads that adds up values: sums of all pairs of the head, and of the weights.
+var<workgroup> group_sums: array<vec2<f32>, SPLIT * PAIRS>;
+var<workgroup> group_weights: array<f32, SPLIT>;
 
 fn slot(path: u32, position: u32) -> u32 {
     if position < params.line {
@@ -50,21 +53,6 @@ fn slot(path: u32, position: u32) -> u32 {
     }
     let i = position - params.line;
     return params.line + ((data[path + 1u + (i >> 2u)] >> ((i & 3u) << 3u)) & 255u);
-}
-
-// Elements 2i and 2i + 1 of the cache.
-fn key_pair(i: u32) -> vec2<f32> {
-    if CACHE_F16 {
-        return unpack2x16float(keys[i]);
-    }
-    return vec2<f32>(bitcast<f32>(keys[2u * i]), bitcast<f32>(keys[2u * i + 1u]));
-}
-
-fn value_pair(i: u32) -> vec2<f32> {
-    if CACHE_F16 {
-        return unpack2x16float(values[i]);
-    }
-    return vec2<f32>(bitcast<f32>(values[2u * i]), bitcast<f32>(values[2u * i + 1u]));
 }
 
 @compute @workgroup_size(256)
@@ -87,8 +75,10 @@ fn main(
     }
 
     let pairs = params.head_dim / 2u;
-    let row_pairs = params.kv_heads * pairs;
-    let head_pair = head / params.group * pairs;
+    // Reads of a head, and of a row.
+    let reads = pairs / PAIRS;
+    let row_reads = params.kv_heads * reads;
+    let head_read = head / params.group * reads;
     if index < MAX_HEAD / 2u {
         var pair = vec2<f32>();
         if index < pairs {
@@ -102,27 +92,29 @@ fn main(
     slots[index] = slot(path, clamp(begin + index, start, end - 1u));
     workgroupBarrier();
 
-    // Several scores, and several pairs of each, at a time, so that reads of keys need not wait for one
-    // another.
+    // Several scores, and several reads of each, at a time, so that these need not wait for one another.
     let lane = index % LANES;
     for (var first = 0u; first < end - begin; first += SCORES * AT_ONCE) {
         var sums: array<f32, SCORES>;
         var places: array<u32, SCORES>;
         for (var k = 0u; k < SCORES; k++) {
-            places[k] = slots[first + k * AT_ONCE + index / LANES] * row_pairs + head_pair;
+            places[k] = slots[first + k * AT_ONCE + index / LANES] * row_reads + head_read;
         }
-        for (var begin = lane; begin < pairs; begin += SCORES * LANES) {
-            var read: array<array<vec2<f32>, SCORES>, SCORES>;
-            for (var e = 0u; e < SCORES; e++) {
+        for (var part = lane; part < reads; part += KEY_READS * LANES) {
+            var read: array<array<Cached, SCORES>, KEY_READS>;
+            for (var e = 0u; e < KEY_READS; e++) {
                 for (var k = 0u; k < SCORES; k++) {
                     // (Beyond the head the query is zero.)
-                    read[e][k] = key_pair(places[k] + min(begin + e * LANES, pairs - 1u));
+                    read[e][k] = keys[places[k] + min(part + e * LANES, reads - 1u)];
                 }
             }
-            for (var e = 0u; e < SCORES; e++) {
-                let wanted = query[begin + e * LANES];
-                for (var k = 0u; k < SCORES; k++) {
-                    sums[k] = fma(wanted.y, read[e][k].y, fma(wanted.x, read[e][k].x, sums[k]));
+            for (var e = 0u; e < KEY_READS; e++) {
+                for (var p = 0u; p < PAIRS; p++) {
+                    let wanted = query[(part + e * LANES) * PAIRS + p];
+                    for (var k = 0u; k < SCORES; k++) {
+                        let key = pair_of(read[e][k], p);
+                        sums[k] = fma(wanted.y, key.y, fma(wanted.x, key.x, sums[k]));
+                    }
                 }
             }
         }
@@ -150,51 +142,61 @@ fn main(
     scores[index] = exp(scores[index] - most);
     workgroupBarrier();
 
-    // Group g has the positions g, g + groups, ...; a thread of it has one pair of elements, and reads
-    // those of several positions at a time.
-    let groups = SPLIT / pairs;
-    let group = index / pairs;
-    let pair = index % pairs;
-    var sum = vec3<f32>();
+    // Group g has the positions g, g + groups, ...; a thread of it has what it reads at once, and reads that of
+    // several positions at a time.
+    let groups = SPLIT / reads;
+    let group = index / reads;
+    let part = index % reads;
+    var sums: array<vec2<f32>, PAIRS>;
+    var weight = 0.0;
     if group < groups {
         for (var i = group; i < end - begin; i += VALUES * groups) {
-            var values: array<vec2<f32>, VALUES>;
+            var read: array<Cached, VALUES>;
             var weights: array<f32, VALUES>;
             for (var k = 0u; k < VALUES; k++) {
                 let at = min(i + k * groups, SPLIT - 1u);
-                values[k] = value_pair(slots[at] * row_pairs + head_pair + pair);
+                read[k] = values[slots[at] * row_reads + head_read + part];
                 weights[k] = select(0.0, scores[at], i + k * groups < SPLIT);
             }
             for (var k = 0u; k < VALUES; k++) {
-                sum += vec3<f32>(weights[k] * values[k], weights[k]);
+                weight += weights[k];
+                for (var p = 0u; p < PAIRS; p++) {
+                    sums[p] = fma(vec2<f32>(weights[k]), pair_of(read[k], p), sums[p]);
+                }
             }
         }
+        group_weights[group] = weight;
     }
-    group_sums[index] = sum;
+    for (var p = 0u; p < PAIRS; p++) {
+        group_sums[index * PAIRS + p] = sums[p];
+    }
     workgroupBarrier();
+    var sum = vec3<f32>();
     if index < pairs {
-        for (var g = 1u; g < groups; g++) {
-            sum += group_sums[g * pairs + index];
+        for (var g = 0u; g < groups; g++) {
+            sum += vec3<f32>(group_sums[g * pairs + index], group_weights[g]);
         }
-        // (Nobody else reads it before the next barrier.)
-        group_sums[index] = sum;
     }
     if seen <= SPLIT {
+        // The sums of all become those of two pairs to a thread.
         workgroupBarrier();
-        // Two pairs to a thread.
+        if index < pairs {
+            group_sums[index] = sum.xy / sum.z;
+        }
+        workgroupBarrier();
         let first = head * params.head_dim + 4u * index;
-        var values = vec4<f32>();
+        var four = vec4<f32>();
         for (var p = 0u; p < 2u; p++) {
             let mine = 2u * index + p;
             if mine < pairs {
-                let sum = group_sums[mine];
-                values[2u * p] = sum.x / sum.z;
-                values[2u * p + 1u] = sum.y / sum.z;
-                out[row * params.q_stride + first + 2u * p] = values[2u * p];
-                out[row * params.q_stride + first + 2u * p + 1u] = values[2u * p + 1u];
+                let two = group_sums[mine];
+                four[2u * p] = two.x;
+                four[2u * p + 1u] = two.y;
+                out[row * params.q_stride + first + 2u * p] = two.x;
+                out[row * params.q_stride + first + 2u * p + 1u] = two.y;
             }
         }
-        round_block(row, params.q_stride / 4u, first / 4u, 2u * index < pairs, values, index);
+        round_block(row, params.q_stride / 4u, first / 4u, 2u * index < pairs, four, index);
         return;
     }
     if index >= pairs {

@@ -9,9 +9,13 @@ fn byte_group(blocks: u32, i: u32) -> u32 {
     return ((i >> 2u) & 1u) * blocks * 4u + (i >> 3u) * 4u + (i & 3u);
 }
 
-// The sums of a block's halves.
-fn half_sums(sums: f32) -> vec2<i32> {
+// The sum of the words that share a scale, of which the first is group i: all eight of a block, or a half of them.
+fn sum_of_words(sums: f32, i: u32) -> i32 {
     let both = i32(sums);
     let second = (both + 2048) >> 12u;
-    return vec2<i32>(both - (second << 12u), second);
+    let first = both - (second << 12u);
+    if WORDS == 8u {
+        return first + second;
+    }
+    return select(first, second, (i & 4u) != 0u);
 }

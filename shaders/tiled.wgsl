@@ -40,18 +40,21 @@ fn main(
     }
     // (Where a range ends, the next begins.)
     var chunk = load(base, min(fetched_lane, params.chunks - 1u));
+    var mine = load_x(x_base, min(fetched_lane, params.chunks - 1u));
     for (var range = 0u; range < RANGES; range++) {
         var sums: Sums;
         let end = range_end(range);
         for (var first = range_begin(range); first < end; first += LANES) {
             let c = min(first + fetched_lane, params.chunks - 1u);
-            let next = load(base, min(c + LANES, params.chunks - 1u));
+            let next_c = min(c + LANES, params.chunks - 1u);
+            let next = load(base, next_c);
+            let next_mine = load_x(x_base, next_c);
             // (Each piece has its number as a constant: then the chunk stays in registers.)
             for (var i = 0u; i < 8u; i += PIECE) {
                 workgroupBarrier();
                 share_weights(chunk, i, fetched_lane, fetched);
                 if fetched < COLUMNS {
-                    share_x(x_base, c, i, fetched_lane, fetched);
+                    share_x(mine, x_base, c, i, fetched_lane, fetched);
                 }
                 workgroupBarrier();
                 // (A lane may have no chunk any more.)
@@ -63,6 +66,7 @@ fn main(
                 sums = end_of_chunk(sums);
             }
             chunk = next;
+            mine = next_mine;
         }
 
         for (var distance = LANES / 2u; distance > 0u; distance >>= 1u) {

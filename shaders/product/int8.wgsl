@@ -7,32 +7,43 @@
 
 fn accumulate(before: Sums, chunks: array<Chunk, ROWS>, c: u32, first_column: u32) -> Sums {
     var sums = before;
-    for (var n = 0u; n < COLUMNS; n++) {
-        let row = x_row(first_column + n);
-        for (var s = 0u; s < 8u; s += WORDS) {
-            var dots: array<i32, ROWS>;
-            for (var i = 0u; i < WORDS; i += 4u) {
-                let v = x[row * 2u + (byte_group(params.x_stride, position(c, s + i)) >> 2u)];
+    for (var first = 0u; first < COLUMNS; first += BATCH) {
+        // (What BATCH columns have is on its way at once.)
+        var words: array<array<vec4<u32>, 2>, BATCH>;
+        var x_scales: array<array<vec2<f32>, SHARED>, BATCH>;
+        for (var b = 0u; b < BATCH; b++) {
+            let row = x_row(first_column + first + b);
+            for (var h = 0u; h < 2u; h++) {
+                words[b][h] = x[row * 2u + (byte_group(params.x_stride, position(c, 4u * h)) >> 2u)];
+            }
+            for (var s = 0u; s < SHARED; s++) {
+                x_scales[b][s] = scales[row + (position(c, 4u * s) >> 3u)];
+            }
+        }
+        for (var b = 0u; b < BATCH; b++) {
+            for (var s = 0u; s < 8u; s += WORDS) {
+                var dots: array<i32, ROWS>;
+                for (var i = 0u; i < WORDS; i += 4u) {
+                    let v = words[b][(s + i) / 4u];
+                    for (var r = 0u; r < ROWS; r++) {
+                        dots[r] += dot4I8Packed(chunks[r].q[s + i], v.x)
+                            + dot4I8Packed(chunks[r].q[s + i + 1u], v.y)
+                            + dot4I8Packed(chunks[r].q[s + i + 2u], v.z)
+                            + dot4I8Packed(chunks[r].q[s + i + 3u], v.w);
+                    }
+                }
+                let scale = x_scales[b][s / WORDS];
+                var sum_x = 0;
+                if MINIMA || OFFSET != 0 {
+                    sum_x = sum_of_words(scale.y, position(c, s));
+                }
                 for (var r = 0u; r < ROWS; r++) {
-                    dots[r] += dot4I8Packed(chunks[r].q[s + i], v.x)
-                        + dot4I8Packed(chunks[r].q[s + i + 1u], v.y)
-                        + dot4I8Packed(chunks[r].q[s + i + 2u], v.z)
-                        + dot4I8Packed(chunks[r].q[s + i + 3u], v.w);
+                    var value = f32(dots[r] - OFFSET * sum_x) * chunks[r].scale[s >> 2u];
+                    if MINIMA {
+                        value = fma(f32(sum_x), chunks[r].minimum[s >> 2u], value);
+                    }
+                    sums.total[r][first + b] = fma(value, scale.x, sums.total[r][first + b]);
                 }
-            }
-            let at = position(c, s);
-            let scale = scales[row + (at >> 3u)];
-            var sum_x = 0;
-            if MINIMA || OFFSET != 0 {
-                let halves = half_sums(scale.y);
-                sum_x = select(select(halves.x, halves.y, (at & 4u) != 0u), halves.x + halves.y, WORDS == 8u);
-            }
-            for (var r = 0u; r < ROWS; r++) {
-                var value = f32(dots[r] - OFFSET * sum_x) * chunks[r].scale[s >> 2u];
-                if MINIMA {
-                    value = fma(f32(sum_x), chunks[r].minimum[s >> 2u], value);
-                }
-                sums.total[r][n] = fma(value, scale.x, sums.total[r][n]);
             }
         }
     }

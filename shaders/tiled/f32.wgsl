@@ -15,7 +15,16 @@ fn share_weights(chunk: Chunk, i: u32, lane: u32, row: u32) {
     memory[(lane * PIECE + 1u) * W_STEP + row] = bitcast<vec4<u32>>(weights4(chunk, i + 1u));
 }
 
-fn share_x(base: u32, c: u32, i: u32, lane: u32, column: u32) {
+// (Activations are read when they are shared: there are too many to keep them on their way.)
+struct Activations {
+    none: u32,
+}
+
+fn load_x(base: u32, c: u32) -> Activations {
+    return Activations();
+}
+
+fn share_x(mine: Activations, base: u32, c: u32, i: u32, lane: u32, column: u32) {
     let to = X_AT + lane * PIECE * X_STEP + column;
     memory[to] = bitcast<vec4<u32>>(x[base + position(c, i)]);
     memory[to + X_STEP] = bitcast<vec4<u32>>(x[base + position(c, i + 1u)]);

@@ -1,66 +1,89 @@
-// Activations in blocks of 32 signed bytes: what tiled.wgsl shares, and its inner loop. A piece is four words
-// of weights with their scale and minimum, and of activations with their scale and sum.
+// Activations in blocks of 32 signed bytes: what tiled.wgsl shares, and its inner loop. A piece is a whole chunk:
+// its words, of weights and of activations, in two groups of four, with their scales, minima and sums.
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<vec2<f32>>;
 
-const X_AT = LANES * W_STEP;
+const W_SECOND = LANES * W_STEP;
+const X_AT = 2u * W_SECOND;
+const X_SECOND = LANES * X_STEP;
 // (At the end of a range four lanes have their sums here.)
-const MEMORY = max(X_AT + LANES * X_STEP, LANES / 2u * EACH * TILE_ROWS);
+const MEMORY = max(X_AT + 2u * X_SECOND, LANES / 2u * EACH * TILE_ROWS);
 
-var<workgroup> w_scales: array<vec2<f32>, LANES * W_STEP>;
-var<workgroup> x_scales: array<vec2<f32>, LANES * X_STEP>;
+// Scale and minimum of weights, scale and sum of activations: of all eight words of a chunk, or of four and
+// four (SHARED).
+var<workgroup> w_scales: array<array<vec2<f32>, SHARED>, LANES * W_STEP>;
+var<workgroup> x_scales: array<array<vec2<f32>, SHARED>, LANES * X_STEP>;
 
 struct Sums {
     total: array<array<f32, EACH>, ROWS>,
-    // Of the words that share a scale.
-    dots: array<array<i32, EACH>, ROWS>,
-    sum_x: array<i32, EACH>,
 }
 
 fn share_weights(chunk: Chunk, i: u32, lane: u32, row: u32) {
     let at = lane * W_STEP + row;
-    memory[at] = vec4<u32>(chunk.q[i], chunk.q[i + 1u], chunk.q[i + 2u], chunk.q[i + 3u]);
-    w_scales[at] = vec2<f32>(chunk.scale[i >> 2u], chunk.minimum[i >> 2u]);
+    memory[at] = vec4<u32>(chunk.q[0], chunk.q[1], chunk.q[2], chunk.q[3]);
+    memory[W_SECOND + at] = vec4<u32>(chunk.q[4], chunk.q[5], chunk.q[6], chunk.q[7]);
+    for (var s = 0u; s < SHARED; s++) {
+        w_scales[at][s] = vec2<f32>(chunk.scale[s], chunk.minimum[s]);
+    }
 }
 
-fn share_x(base: u32, c: u32, i: u32, lane: u32, column: u32) {
-    let at = position(c, i);
+// Of a row of x what a chunk of weights is multiplied with, as it lies there.
+struct Activations {
+    words: array<vec4<u32>, 2>,
+    scales: array<vec2<f32>, SHARED>,
+}
+
+fn load_x(base: u32, c: u32) -> Activations {
+    var out: Activations;
+    for (var h = 0u; h < 2u; h++) {
+        out.words[h] = x[base * 2u + (byte_group(params.x_stride, position(c, 4u * h)) >> 2u)];
+    }
+    for (var s = 0u; s < SHARED; s++) {
+        out.scales[s] = scales[base + (position(c, 4u * s) >> 3u)];
+    }
+    return out;
+}
+
+fn share_x(mine: Activations, base: u32, c: u32, i: u32, lane: u32, column: u32) {
     let to = lane * X_STEP + column;
-    memory[X_AT + to] = x[base * 2u + (byte_group(params.x_stride, at) >> 2u)];
-    let scale = scales[base + (at >> 3u)];
-    let halves = half_sums(scale.y);
-    x_scales[to] = vec2<f32>(scale.x, f32(select(halves.x, halves.y, (at & 4u) != 0u)));
+    memory[X_AT + to] = mine.words[0];
+    memory[X_AT + X_SECOND + to] = mine.words[1];
+    for (var s = 0u; s < SHARED; s++) {
+        x_scales[to][s] = vec2<f32>(mine.scales[s].x, f32(sum_of_words(mine.scales[s].y, position(c, 4u * s))));
+    }
+}
+
+fn dot16(dots: i32, w: vec4<u32>, v: vec4<u32>) -> i32 {
+    return dots + dot4I8Packed(w.x, v.x) + dot4I8Packed(w.y, v.y) + dot4I8Packed(w.z, v.z)
+        + dot4I8Packed(w.w, v.w);
 }
 
 fn multiply(before: Sums, i: u32, lane: u32, row: u32, column: u32) -> Sums {
     var sums = before;
-    var w: array<vec4<u32>, ROWS>;
-    var w_scale: array<vec2<f32>, ROWS>;
+    var w: array<array<vec4<u32>, 2>, ROWS>;
+    var w_scale: array<array<vec2<f32>, SHARED>, ROWS>;
     for (var r = 0u; r < ROWS; r++) {
-        w[r] = memory[lane * W_STEP + row + 8u * r];
-        w_scale[r] = w_scales[lane * W_STEP + row + 8u * r];
+        let at = lane * W_STEP + row + 8u * r;
+        w[r] = array<vec4<u32>, 2>(memory[at], memory[W_SECOND + at]);
+        w_scale[r] = w_scales[at];
     }
-    // Whether these are the last words that share a scale.
-    let ends = (i + 4u) % WORDS == 0u;
     for (var n = 0u; n < EACH; n++) {
-        let v = memory[X_AT + lane * X_STEP + column + 4u * n];
-        let x_scale = x_scales[lane * X_STEP + column + 4u * n];
-        sums.sum_x[n] += i32(x_scale.y);
-        for (var r = 0u; r < ROWS; r++) {
-            sums.dots[r][n] += dot4I8Packed(w[r].x, v.x) + dot4I8Packed(w[r].y, v.y)
-                + dot4I8Packed(w[r].z, v.z) + dot4I8Packed(w[r].w, v.w);
-            if ends {
-                var value = f32(sums.dots[r][n] - OFFSET * sums.sum_x[n]) * w_scale[r].x;
+        let at = lane * X_STEP + column + 4u * n;
+        let v = array<vec4<u32>, 2>(memory[X_AT + at], memory[X_AT + X_SECOND + at]);
+        for (var s = 0u; s < SHARED; s++) {
+            let x_scale = x_scales[at][s];
+            for (var r = 0u; r < ROWS; r++) {
+                var dots = dot16(0, w[r][s], v[s]);
+                if SHARED == 1u {
+                    dots = dot16(dots, w[r][1], v[1]);
+                }
+                var value = f32(dots - OFFSET * i32(x_scale.y)) * w_scale[r][s].x;
                 if MINIMA {
-                    value = fma(f32(sums.sum_x[n]), w_scale[r].y, value);
+                    value = fma(x_scale.y, w_scale[r][s].y, value);
                 }
                 sums.total[r][n] = fma(value, x_scale.x, sums.total[r][n]);
-                sums.dots[r][n] = 0;
             }
-        }
-        if ends {
-            sums.sum_x[n] = 0;
         }
     }
     return sums;

@@ -274,7 +274,8 @@ pub trait Pass<B: Backend + ?Sized> {
     fn write(&mut self, rows: &[f32], out: &mut B::Buffer);
 
     /// out = x / sqrt(mean(x^2) + epsilon) * weight, row by row (RMSNorm; Zhang and Sennrich
-    /// 2019, eq. 4).
+    /// 2019, eq. 4). If a product ([`Pass::linear`]) is the next to read it, `out` is for that product alone: a
+    /// backend may make the norm a part of it.
     fn rms_norm(&mut self, x: &B::Buffer, weight: &B::Vector, epsilon: f32, out: &mut B::Buffer);
 
     /// out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, row by row (LayerNorm; Ba et

@@ -21,8 +21,8 @@ pub(super) const UPLOAD: usize = 16 << 20;
 /// for lost after two.
 const SUBMISSION_SECONDS: f64 = 0.4;
 
-/// Passes of so many dispatches or more are handed over in two pieces at least.
-const LONG: usize = 64;
+/// Dispatches of a pass that are submitted first, while the others are still being recorded.
+const FIRST_PIECE: usize = 16;
 
 /// Locks, whatever happened to the thread that held the lock: what is guarded are caches.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -60,8 +60,18 @@ pub(super) struct Op {
     pub pipeline: Arc<wgpu::ComputePipeline>,
     pub group: wgpu::BindGroup,
     pub groups: [u32; 3],
+    /// Rows and columns of a product's weights.
+    pub shape: Option<[u32; 2]>,
     /// Roughly how many multiplications it is.
     pub cost: u64,
+}
+
+impl Op {
+    /// What it is, for tables.
+    fn name(&self) -> String {
+        let shape = self.shape.map(|[rows, cols]| format!(", {rows} x {cols}"));
+        self.shader.name() + &shape.unwrap_or_default()
+    }
 }
 
 /// What a pass leads to on the device: dispatches, and the words that they read.
@@ -72,9 +82,16 @@ pub(super) struct Work {
     pub params: Vec<u8>,
     /// Words that shaders find in `data`.
     pub data: Vec<u32>,
-    /// Copies that come first: from, to, bytes.
-    pub copies: Vec<(Arc<Storage>, Arc<Storage>, u64)>,
+    /// Copies that come first.
+    pub copies: Vec<Copy>,
+    /// Dispatches that were submitted, and bytes of the words that were written.
+    submitted: usize,
+    params_written: usize,
+    data_written: usize,
 }
+
+/// From, to, bytes.
+type Copy = (Arc<Storage>, Arc<Storage>, u64);
 
 impl Work {
     fn clear(&mut self) {
@@ -82,6 +99,7 @@ impl Work {
         self.params.clear();
         self.data.clear();
         self.copies.clear();
+        (self.submitted, self.params_written, self.data_written) = (0, 0, 0);
     }
 }
 
@@ -95,6 +113,12 @@ pub(super) struct Arena {
     /// Partial sums of attention, or the largest of slices of rows; activations as bytes, and their scales; the
     /// largest of rows; other activations as bytes, and their scales.
     pub scratch: [Option<Arc<Storage>>; 6],
+}
+
+fn encode_copies(encoder: &mut wgpu::CommandEncoder, copies: &[Copy]) {
+    for (from, to, bytes) in copies {
+        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, *bytes);
+    }
 }
 
 /// Seconds on the device, by kernel.
@@ -120,7 +144,7 @@ pub(super) struct Device {
     last: Mutex<Option<wgpu::SubmissionIndex>>,
     speed: Mutex<Speed>,
     /// Times by kernel, while they are wanted.
-    times: Mutex<Option<HashMap<Shader, (f64, usize)>>>,
+    times: Mutex<Option<HashMap<String, (f64, usize)>>>,
 }
 
 impl Drop for Device {
@@ -435,10 +459,29 @@ impl Device {
         (params, data, group)
     }
 
-    /// Hands the work of a pass to the device, and does not wait for it. Work that would take long
-    /// becomes several submissions, and so does a long list of it.
+    /// Hands the work of a pass to the device, and does not wait for it.
     pub fn submit(&self, arena: &mut Arena) -> Result<()> {
-        let work = &arena.work;
+        if lock(&self.times).is_some() {
+            self.write_words(arena);
+            return self.submit_timed(arena);
+        }
+        self.hand_over(arena, true)
+    }
+
+    /// Hands over what a pass has recorded so far, if that is enough: the device begins while the rest is still
+    /// being recorded. First a little, so that it begins soon, then more and more, since each submission
+    /// has its price.
+    pub fn submit_early(&self, arena: &mut Arena) -> Result<()> {
+        let pending = arena.work.ops.len() - arena.work.submitted;
+        if pending < FIRST_PIECE.max(arena.work.submitted) || lock(&self.times).is_some() {
+            return Ok(());
+        }
+        self.hand_over(arena, false)
+    }
+
+    /// Writes the words of a pass that are not on the device yet.
+    fn write_words(&self, arena: &mut Arena) {
+        let work = &mut arena.work;
         let (params, data) = (work.params.len() as u64, 4 * work.data.len() as u64);
         if params > arena.params.size() || data > arena.data.size() {
             let larger = |bytes: u64, now: u64| bytes.max(now).next_power_of_two();
@@ -446,43 +489,40 @@ impl Device {
                 larger(params, arena.params.size()),
                 larger(data, arena.data.size()),
             );
+            (work.params_written, work.data_written) = (0, 0);
         }
-        self.queue.write_buffer(&arena.params, 0, &work.params);
-        self.queue.write_buffer(&arena.data, 0, bytemuck::cast_slice(&work.data));
-        if lock(&self.times).is_some() {
-            return self.submit_timed(arena);
-        }
+        let write = |buffer: &wgpu::Buffer, bytes: &[u8], written: &mut usize| {
+            self.queue.write_buffer(buffer, *written as u64, &bytes[*written..]);
+            *written = bytes.len();
+        };
+        write(&arena.params, &work.params, &mut work.params_written);
+        write(&arena.data, bytemuck::cast_slice(&work.data), &mut work.data_written);
+    }
 
+    /// Hands over what is recorded. Work that would take long becomes several submissions.
+    fn hand_over(&self, arena: &mut Arena, is_last: bool) -> Result<()> {
+        self.write_words(arena);
         let budget = (lock(&self.speed).rate * SUBMISSION_SECONDS) as u64;
-        // The device begins while the rest is still being encoded.
-        let early = if work.ops.len() < LONG { work.ops.len() } else { work.ops.len() / 4 };
-        let mut first = 0;
-        while first < work.ops.len() || (first == 0 && !work.copies.is_empty()) {
+        let copies = std::mem::take(&mut arena.work.copies);
+        let mut first = arena.work.submitted;
+        let mut is_first = true;
+        while first < arena.work.ops.len() || (is_first && is_last && !copies.is_empty()) {
             let mut cost = 0;
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            if first == 0 {
-                self.encode_copies(&mut encoder, work);
+            if std::mem::take(&mut is_first) {
+                encode_copies(&mut encoder, &copies);
             }
             let mut pass = encoder.begin_compute_pass(&Default::default());
-            let end = if first == 0 { early } else { work.ops.len() };
-            while first < end && cost <= budget {
+            while first < arena.work.ops.len() && cost <= budget {
                 self.encode(&mut pass, arena, first);
-                cost += work.ops[first].cost;
+                cost += arena.work.ops[first].cost;
                 first += 1;
             }
             drop(pass);
-            self.hand_over(encoder, cost)?;
-            if work.ops.is_empty() {
-                break;
-            }
+            self.submit_piece(encoder, cost)?;
         }
+        arena.work.submitted = first;
         self.check()
-    }
-
-    fn encode_copies(&self, encoder: &mut wgpu::CommandEncoder, work: &Work) {
-        for (from, to, bytes) in &work.copies {
-            encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, *bytes);
-        }
     }
 
     fn encode(&self, pass: &mut wgpu::ComputePass<'_>, arena: &Arena, i: usize) {
@@ -496,7 +536,7 @@ impl Device {
 
     /// Submits and, where there is much to do, waits for what was submitted before: the device always has
     /// something to do, and never more than two long pieces.
-    fn hand_over(&self, encoder: wgpu::CommandEncoder, cost: u64) -> Result<()> {
+    fn submit_piece(&self, encoder: wgpu::CommandEncoder, cost: u64) -> Result<()> {
         let index = self.queue.submit([encoder.finish()]);
         let mut speed = lock(&self.speed);
         speed.begun.get_or_insert_with(Instant::now);
@@ -593,7 +633,7 @@ impl Device {
     pub fn times(&self) -> KernelTimes {
         let times = lock(&self.times).take().unwrap_or_default();
         let mut times: KernelTimes =
-            times.into_iter().map(|(shader, (s, calls))| (shader.name(), s, calls)).collect();
+            times.into_iter().map(|(name, (s, calls))| (name, s, calls)).collect();
         times.sort_by(|a, b| b.1.total_cmp(&a.1));
         times
     }
@@ -605,7 +645,7 @@ impl Device {
         for (set, ops) in work.ops.chunks(1024).enumerate() {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             if set == 0 {
-                self.encode_copies(&mut encoder, work);
+                encode_copies(&mut encoder, &work.copies);
             }
             let count = 2 * ops.len() as u32;
             let queries = self.device.create_query_set(&wgpu::QuerySetDescriptor {
@@ -637,7 +677,7 @@ impl Device {
                 let Some(times) = &mut *times else { return };
                 let ticks: &[u64] = bytemuck::cast_slice(view);
                 for (op, ticks) in ops.iter().zip(ticks.chunks_exact(2)) {
-                    let entry = times.entry(op.shader).or_default();
+                    let entry = times.entry(op.name()).or_default();
                     entry.0 += ticks[1].saturating_sub(ticks[0]) as f64 * period;
                     entry.1 += 1;
                 }

@@ -129,6 +129,8 @@ pub(super) struct Shader {
     pub ending: Ending,
     /// Whether the cache is stored in half precision.
     pub cache_f16: bool,
+    /// Pairs of its elements that attention reads at once.
+    pub pairs: u32,
 }
 
 impl Shader {
@@ -142,6 +144,7 @@ impl Shader {
             subgroups: false,
             ending: Ending::One,
             cache_f16: false,
+            pairs: 1,
         }
     }
 
@@ -269,18 +272,24 @@ impl Shader {
         let Shader { columns, cache_f16, .. } = self;
         let (words, minima, offset) = self.block.map_or((8, false, 0), scales);
         // A piece of a tile is what workgroups have memory for.
-        let piece = if self.arithmetic == Arithmetic::Int8 { 4 } else { 2 };
+        let piece = if self.arithmetic == Arithmetic::Int8 { 8 } else { 2 };
         // Where there are many rows of activations, there is enough to do while a block is on its way.
         let ahead = if self.thread_rows() <= 2 { 2 } else { 1 };
+        // (Of 1, 2, 4 and 8, on an NVIDIA H200: more than two need more registers than there are.)
+        let batch = (*columns).min(2);
         let lengths = [
             ("ROWS", self.thread_rows()),
             ("COLUMNS", *columns),
             ("EACH", columns / TILED_ROWS),
             ("WORDS", words),
             ("PIECE", piece),
+            ("SHARED", 8 / words),
             ("AHEAD", ahead),
+            ("BATCH", batch),
+            ("PAIRS", self.pairs),
             ("SCORES", 4),
-            ("VALUES", 16),
+            ("KEY_READS", if self.pairs == 4 { 2 } else { 4 }),
+            ("VALUES", if self.pairs == 4 { 8 } else { 16 }),
             ("NORMED", 4),
             ("CACHE_WORDS", if *cache_f16 { 1 } else { 2 }),
             ("GROUPS", self.groups()),
@@ -359,6 +368,15 @@ impl Shader {
         }
         if int8 || self.rounds() || self.frame == Frame::Quantize {
             out += include_str!("../../../shaders/int8.wgsl");
+        }
+        if self.frame == Frame::Attend {
+            out += match (cache_f16, self.pairs) {
+                (true, 4) => include_str!("../../../shaders/cached/f16_4.wgsl"),
+                (true, 2) => include_str!("../../../shaders/cached/f16_2.wgsl"),
+                (true, _) => include_str!("../../../shaders/cached/f16_1.wgsl"),
+                (false, 2) => include_str!("../../../shaders/cached/f32_2.wgsl"),
+                (false, _) => include_str!("../../../shaders/cached/f32_1.wgsl"),
+            };
         }
         if matches!(self.frame, Frame::Largest | Frame::Merge) {
             out += include_str!("../../../shaders/sort.wgsl");
@@ -463,9 +481,13 @@ impl Shader {
             all.push(Shader::cache(Frame::RotateStore, cache_f16));
             for subgroups in [false, true] {
                 let attend = Shader { subgroups, ..Shader::cache(Frame::Attend, cache_f16) };
-                all.extend(
-                    [Arithmetic::F32, Arithmetic::Int8].map(|a| Shader { arithmetic: a, ..attend }),
-                );
+                for pairs in [1, 2, 4].into_iter().filter(|&pairs| cache_f16 || pairs < 4) {
+                    all.extend([Arithmetic::F32, Arithmetic::Int8].map(|a| Shader {
+                        arithmetic: a,
+                        pairs,
+                        ..attend
+                    }));
+                }
             }
         }
         all.push(Shader { arithmetic: Arithmetic::F16, ..Shader::plain(Frame::Halve) });

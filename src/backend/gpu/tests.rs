@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::backend::RotaryPairs;
 use crate::backend::cpu::Cpu;
 use crate::gguf::{Gguf, Writer};
 
@@ -521,7 +522,7 @@ fn layer<B: Backend>(backend: &B, l: &Layer, n: usize) -> (Vec<f32>, Vec<f32>, V
     let qkv: Vec<_> = shapes.map(|(t, rows)| biased(weight(t, rows, l.width))).into();
     let qkv = backend.matrices(&qkv).unwrap();
     // (Of two tensors alike one would be there once.)
-    let gates = [weight(others, l.ffn, l.width), weight(others, l.ffn, l.width)];
+    let gates = [(); 2].map(|()| biased(weight(others, l.ffn, l.width)));
     let gates = backend.matrices(&gates).unwrap();
     let matrix = |rows, cols| {
         let (weight, bias) = biased(weight(others, rows, cols));
@@ -569,6 +570,31 @@ fn layer<B: Backend>(backend: &B, l: &Layer, n: usize) -> (Vec<f32>, Vec<f32>, V
 }
 
 #[test]
+fn a_norm_that_a_product_took_is_not_read_again() {
+    let Some(adapter) = adapter() else { return };
+    let gpu = Gpu::with(&adapter, Variants::parse("int8").unwrap()).unwrap();
+    let [weight, floats] = [BlockType::Q4_0, BlockType::F16].map(|t| tensor(t, 32, 32));
+    let [matrix, floats] = [&weight, &floats].map(|t| gpu.matrix(t, None).unwrap());
+    let norm = gpu.vector(&tensor(BlockType::F32, 1, 32)).unwrap();
+    let [mut x, mut normed, mut a, mut b] = [(); 4].map(|()| gpu.buffer(32));
+    let rows = Rows { tokens: &[0], line: 0, first_slot: 0, paths: &[1], rotations: &[] };
+    let mut pass = |again: bool| {
+        gpu.pass(&rows, 1, |pass| {
+            pass.write(&[1.0; 32], &mut x);
+            pass.rms_norm(&x, &norm, 1e-5, &mut normed);
+            pass.linear(&normed, &mut [(&matrix, &mut a)]);
+            if again {
+                pass.linear(&normed, &mut [(&floats, &mut b)]);
+            }
+            Ok(())
+        })
+    };
+    let error = pass(true).unwrap_err();
+    assert!(matches!(&error, Error::Device { what, .. } if what.contains("a norm")), "{error}");
+    pass(false).unwrap();
+}
+
+#[test]
 fn verbs_that_products_do_as_well_give_the_bits_that_they_give_alone() {
     use BlockType::{Q4_0, Q4_K, Q6_K, Q8_0};
     let Some(adapter) = adapter() else { return };
@@ -599,20 +625,33 @@ fn verbs_that_products_do_as_well_give_the_bits_that_they_give_alone() {
     let part = Layer { rotated: 20, types: [Q8_0, Q4_0, Q4_0], ..halves };
     // Pairs that do not come in twos are rotated on their own.
     let odd = Layer { rotated: 6, pairs: RotaryPairs::Halves, ..small };
-    for words in ["int8", "int8,no-subgroups", "int8,padded"] {
+    for (words, layers) in [
+        ("int8", &[&small, &large, &halves, &part, &odd][..]),
+        ("int8,no-subgroups", &[&small]),
+        ("int8,padded", &[&large]),
+    ] {
         let fused = Gpu::with(&adapter, Variants::parse(words).unwrap()).unwrap();
         let apart = Variants { fused: false, ..fused.variants() };
         let apart = Gpu::with(&adapter, apart).unwrap();
-        for l in [&small, &large, &halves, &part, &odd] {
+        for (i, l) in layers.iter().enumerate() {
             let exact: Vec<f64> = layer(&cpu, l, 19).1.into_iter().map(f64::from).collect();
             let all = layer(&fused, l, 19);
             let error = nmse(&all.1, &exact);
-            assert!(error < 1e-3, "{words}: {error:.1e}");
+            assert!(error < 1e-3, "{words}, layer {i}: {error:.1e}");
             for n in [1, 2, 3, 8, 9, 19] {
                 let some = layer(&fused, l, n);
-                assert!(some == layer(&apart, l, n), "{words}, {n} rows");
-                assert!(some.1 == all.1[..n * 45], "{words}, {n} rows of 19");
+                assert!(some == layer(&apart, l, n), "{words}, layer {i}, {n} rows");
+                assert!(some.1 == all.1[..n * 45], "{words}, layer {i}, {n} rows of 19");
             }
+        }
+        // They were done so, as far as the device can tell.
+        if fused.time_kernels() {
+            layer(&fused, layers[0], 8);
+            let names: Vec<_> = fused.kernel_times().into_iter().map(|(name, ..)| name).collect();
+            for ending in [", norm", ", swiglu", ", rotate_store"] {
+                assert!(names.iter().any(|name| name.contains(ending)), "{ending} in {names:?}");
+            }
+            assert!(!names.iter().any(|name| name == "rotate_store" || name == "swiglu"));
         }
     }
 }
