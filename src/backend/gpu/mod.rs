@@ -134,6 +134,8 @@ pub struct Gpu {
     subgroups: bool,
     /// The most bytes of a part of a matrix.
     part_limit: usize,
+    /// The most bytes of partial sums of attention: rows go in several dispatches if they would take more.
+    partial_limit: usize,
     /// Tensors on the device, by where they lie in memory: one that is used twice is there once.
     uploads: Mutex<HashMap<(usize, usize), Weak<Parts>>>,
     /// For each type that was loaded, which of its shaders agree.
@@ -186,6 +188,7 @@ impl Gpu {
         device.check()?;
         Ok(Gpu {
             part_limit: device.binding_limit() as usize - 64,
+            partial_limit: 32 << 20,
             adapter: adapter.clone(),
             variants: Variants {
                 tiles: variants.tiles && adapter.has_room_for_tiles(),

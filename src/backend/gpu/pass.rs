@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::device::{Arena, Op, Storage};
 use super::shaders::{
-    Arithmetic, COLUMNS, Ending, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, SPLIT, Shader,
+    Arithmetic, COLUMNS, Ending, Frame, MAX_HEAD, MOST_OUTPUTS, PATH_WORDS, QUERIES, SPLIT, Shader,
     TILE_COLUMNS,
 };
 use super::{Agreement, Buffer, CHUNK, Cache, Embedding, Gpu, Matrix, NO_BIAS, Variants, Vector};
@@ -21,9 +21,8 @@ use crate::quant::BlockType;
 /// More rows of activations than these go in tiles: two columns of eight cost less than a tile.
 const MOST_UNTILED_ROWS: usize = 16;
 
-/// Bytes that partial sums of attention may take; rows go in several dispatches if they would take
-/// more.
-const PARTIAL_BYTES: usize = 32 << 20;
+/// The fewest rows of which several share what attention reads.
+const LEAST_SHARING: usize = 32;
 
 /// Rows of activations as products read them.
 #[derive(Debug, Clone)]
@@ -479,7 +478,7 @@ impl<'p> GpuPass<'p> {
             }
             Some(_) if self.is_rounded(x) => operand.rounded.clone_from(&self.rounded),
             Some(_) => {
-                let rounded = self.room_for_bytes(x.storage(), x.rows, x.stride);
+                let rounded = self.room_for_bytes(x);
                 let blocks = x.stride / CHUNK;
                 self.dispatch(
                     Shader::plain(Frame::Quantize),
@@ -503,7 +502,11 @@ impl<'p> GpuPass<'p> {
 
     /// Where the rows of `x` lie as blocks of bytes, with their scales and sums of squares. (Two places in turns:
     /// a product reads one while it writes another.)
-    fn room_for_bytes(&mut self, x: &Storage, rows: usize, stride: usize) -> Rounded {
+    fn room_for_bytes(&mut self, x: &Buffer) -> Rounded {
+        self.room_for_rows(x.storage(), x.rows, x.stride)
+    }
+
+    fn room_for_rows(&mut self, x: &Storage, rows: usize, stride: usize) -> Rounded {
         let blocks = stride / CHUNK;
         self.other_bytes = !self.other_bytes;
         let [values, scales] = if self.other_bytes { [1, 2] } else { [4, 5] };
@@ -530,7 +533,7 @@ impl<'p> GpuPass<'p> {
     fn round_norm(&mut self) {
         let Some(norm) = self.norm.take() else { return };
         let Norm { rows, width, stride, .. } = norm;
-        let mut rounded = self.room_for_bytes(&norm.out, rows, stride);
+        let mut rounded = self.room_for_rows(&norm.out, rows, stride);
         let squares = (2 * rows * stride / CHUNK) as u32;
         let factors =
             NormFactors { squares, inverse_width: 1.0 / width as f32, epsilon: norm.epsilon };
@@ -565,27 +568,29 @@ impl<'p> GpuPass<'p> {
         self.unwritten = Some(norm.out.id);
     }
 
-    /// Runs a frame over rows of activations that products read next: where these want bytes, and it can,
-    /// it writes them too, which saves a dispatch. `out` is among `buffers`.
+    /// Whether activations are written as bytes too, by frames that can.
+    fn rounds(&self, can: bool) -> bool {
+        can && self.gpu.arithmetic == Arithmetic::Int8
+    }
+
+    /// Runs a frame over rows of activations that products read next: where these want bytes it writes them too,
+    /// which saves a dispatch.
     fn activations(
         &mut self,
         shader: Shader,
-        out: &Buffer,
         buffers: &[&Arc<Storage>],
+        rounded: Option<&Rounded>,
         params: &[u32],
         groups: [usize; 3],
-        (can, cost): (bool, usize),
+        cost: usize,
     ) {
         let mut buffers = buffers.to_vec();
-        let shader = Shader { subgroups: self.gpu.subgroups, ..shader };
-        if self.gpu.arithmetic != Arithmetic::Int8 || !can {
-            return self.dispatch(shader, &buffers, params, groups, cost);
+        let mut shader = Shader { subgroups: self.gpu.subgroups, ..shader };
+        if let Some(rounded) = rounded {
+            buffers.extend([&rounded.values, &rounded.scales]);
+            shader.arithmetic = Arithmetic::Int8;
         }
-        let rounded = self.room_for_bytes(out.storage(), out.rows, out.stride);
-        buffers.extend([&rounded.values, &rounded.scales]);
-        let shader = Shader { arithmetic: Arithmetic::Int8, ..shader };
         self.dispatch(shader, &buffers, params, groups, cost);
-        self.rounded = Some(rounded);
     }
 
     /// Makes room for the rows of this pass in a layer.
@@ -659,14 +664,16 @@ impl Pass<Gpu> for GpuPass<'_> {
     ) {
         assert_eq!([x.width; 3], [out.width, weight.len, bias.len]);
         self.set_rows(out, x.rows);
+        let rounded = self.rounds(true).then(|| self.room_for_bytes(out));
         self.activations(
             Shader::plain(Frame::LayerNorm),
-            out,
             &[x.storage(), &weight.floats, &bias.floats, out.storage()],
+            rounded.as_ref(),
             &[x.width as u32, x.stride4(), epsilon.to_bits()],
             [x.rows, 1, 1],
-            (true, x.rows * x.stride),
+            x.rows * x.stride,
         );
+        self.rounded = rounded;
     }
 
     fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
@@ -781,7 +788,15 @@ impl Pass<Gpu> for GpuPass<'_> {
         let row_floats = if splits > 1 { heads * splits * (head_dim + 2) } else { 0 };
         let at_once = match row_floats {
             0 => q.rows,
-            floats => (PARTIAL_BYTES / (4 * floats)).clamp(1, q.rows),
+            floats => (self.gpu.partial_limit / (4 * floats)).clamp(1, q.rows),
+        };
+        // Rows of a chain share what they read, if there are many: few had better be many workgroups.
+        let columns =
+            if q.rows >= LEAST_SHARING && is_chain(self.rows.paths) { QUERIES } else { 1 };
+        let at_once = if at_once < q.rows {
+            (at_once / columns as usize).max(1) * columns as usize
+        } else {
+            q.rows
         };
         let partial = self.scratch(0, at_once * row_floats);
         let scale = 1.0 / (head_dim as f32).sqrt();
@@ -791,6 +806,7 @@ impl Pass<Gpu> for GpuPass<'_> {
         let pairs = pairs.map_or(1, |n| n as u32);
         // A block of bytes is of one head then.
         let whole_blocks = head_dim % CHUNK == 0;
+        let rounded = self.rounds(whole_blocks).then(|| self.room_for_bytes(out));
         let window = window.map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX));
         for first in (0..q.rows).step_by(at_once) {
             let rows = at_once.min(q.rows - first);
@@ -803,16 +819,17 @@ impl Pass<Gpu> for GpuPass<'_> {
                 self.paths_at,
                 scale.to_bits(),
                 first as u32,
+                (first + rows) as u32,
                 splits as u32,
                 window,
             ];
             self.activations(
-                Shader { pairs, ..Shader::cache(Frame::Attend, cache.is_f16()) },
-                out,
+                Shader { pairs, columns, ..Shader::cache(Frame::Attend, cache.is_f16()) },
                 &[q.storage(), keys, values, &partial, out.storage()],
+                rounded.as_ref(),
                 &params,
-                [heads, rows, splits],
-                (whole_blocks, 2 * rows * (line + deepest as usize) * q.width),
+                [heads, rows.div_ceil(columns as usize), splits],
+                2 * rows * (line + deepest as usize) * q.width,
             );
             if splits > 1 {
                 let params = [
@@ -826,14 +843,15 @@ impl Pass<Gpu> for GpuPass<'_> {
                 ];
                 self.activations(
                     Shader::plain(Frame::Combine),
-                    out,
                     &[&partial, out.storage()],
+                    rounded.as_ref(),
                     &params,
                     [heads, rows, 1],
-                    (whole_blocks, rows * splits * q.width),
+                    rows * splits * q.width,
                 );
             }
         }
+        self.rounded = rounded;
     }
 
     fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
@@ -842,7 +860,7 @@ impl Pass<Gpu> for GpuPass<'_> {
             && self.fusible.len() == 1
             && self.have_outputs(&[gate, up])
         {
-            let rounded = self.room_for_bytes(gate.storage(), gate.rows, gate.stride);
+            let rounded = self.room_for_bytes(gate);
             for mut product in self.take_back() {
                 product.shader.ending = Ending::Swiglu;
                 product.outputs =
@@ -852,14 +870,16 @@ impl Pass<Gpu> for GpuPass<'_> {
             self.rounded = Some(rounded);
             return;
         }
+        let rounded = self.rounds(true).then(|| self.room_for_bytes(gate));
         self.activations(
             Shader::plain(Frame::Swiglu),
-            gate,
             &[gate.storage(), up.storage()],
+            rounded.as_ref(),
             &[gate.stride4()],
             [(gate.stride / 4).div_ceil(64), gate.rows, 1],
-            (true, gate.rows * gate.stride),
+            gate.rows * gate.stride,
         );
+        self.rounded = rounded;
     }
 
     fn relu(&mut self, x: &mut Buffer) {
@@ -885,5 +905,28 @@ impl Pass<Gpu> for GpuPass<'_> {
             [(x.stride / 4).div_ceil(64), rows.len(), 1],
             rows.len() * x.stride,
         );
+    }
+}
+
+/// Whether each row sees what the one before it does, in the same order, and more.
+fn is_chain(paths: &[u128]) -> bool {
+    paths.windows(2).all(|two| {
+        let more = two[0] ^ two[1];
+        // (All that is new comes behind all that was.)
+        more & two[0] == 0 && more.trailing_zeros() >= 128 - two[0].leading_zeros()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_chain;
+
+    #[test]
+    fn rows_of_a_chain_see_what_those_before_them_do_and_more_behind_it() {
+        assert!(is_chain(&[]) && is_chain(&[0b1]) && is_chain(&[0b1, 0b11, 0b10_0111]));
+        assert!(is_chain(&[0b10, 0b10, 0b1010, u128::MAX << 3 & !0b100 | 0b1010]));
+        for no_chain in [[0b1, 0b10], [0b11, 0b1], [0b101, 0b111], [1 << 127, 1 << 127 | 1]] {
+            assert!(!is_chain(&no_chain), "{no_chain:?}");
+        }
     }
 }

@@ -39,6 +39,9 @@ pub(super) const TILE_ROWS: u32 = 32;
 /// Rows of activations of a tile.
 pub(super) const TILE_COLUMNS: u32 = 32;
 
+/// Rows of a chain for which attention reads keys and values once.
+pub(super) const QUERIES: u32 = 4;
+
 /// What a binding of a frame is to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Access {
@@ -121,7 +124,7 @@ pub(super) struct Shader {
     pub block: Option<BlockType>,
     /// How activations are multiplied.
     pub arithmetic: Arithmetic,
-    /// Rows of activations at once.
+    /// Rows of activations at once: of a product, or of attention.
     pub columns: u32,
     /// Whether threads exchange sums in registers.
     pub subgroups: bool,
@@ -217,6 +220,9 @@ impl Shader {
         if let Some(block) = self.block {
             name += &format!(" {block}");
         }
+        if self.frame == Frame::Attend && self.columns > 1 {
+            name += &format!(" x{}", self.columns);
+        }
         if self.is_product() {
             if self.arithmetic != Arithmetic::F32 {
                 name += &format!(" {}", self.arithmetic.name());
@@ -287,6 +293,7 @@ impl Shader {
             ("AHEAD", ahead),
             ("BATCH", batch),
             ("PAIRS", self.pairs),
+            ("QUERIES", *columns),
             ("SCORES", 4),
             ("KEY_READS", if self.pairs == 4 { 2 } else { 4 }),
             ("VALUES", if self.pairs == 4 { 8 } else { 16 }),
@@ -482,11 +489,14 @@ impl Shader {
             for subgroups in [false, true] {
                 let attend = Shader { subgroups, ..Shader::cache(Frame::Attend, cache_f16) };
                 for pairs in [1, 2, 4].into_iter().filter(|&pairs| cache_f16 || pairs < 4) {
-                    all.extend([Arithmetic::F32, Arithmetic::Int8].map(|a| Shader {
-                        arithmetic: a,
-                        pairs,
-                        ..attend
-                    }));
+                    for columns in [1, QUERIES] {
+                        all.extend([Arithmetic::F32, Arithmetic::Int8].map(|arithmetic| Shader {
+                            arithmetic,
+                            pairs,
+                            columns,
+                            ..attend
+                        }));
+                    }
                 }
             }
         }
