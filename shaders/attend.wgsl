@@ -1,13 +1,12 @@
 // out = softmax(q K^T / sqrt(head_dim)) V over what a row sees: the line, then its path in the tree.
 //
-// A workgroup has one query head of QUERIES rows and SPLIT positions, a thread to each. Several rows are
-// rows of a chain, each of which sees what the one before it does and more, so that keys and values are
-// read once for all of them. Scores are dot
-// products of eight threads at a time, which read a key side by side; values are added up by groups of
-// threads, of which group g of G has the positions g, g + G and so on. Splits are ranges of
-// *positions*, and what is added in which order depends on positions alone, so the result depends
-// neither on slots nor on other rows. A row that sees more than one split leaves partial sums, which
-// combine.wgsl merges.
+// A workgroup has one query head of QUERIES rows and SPLIT positions, a thread to each. Where these are
+// several rows, each sees what the one before it does and more, so that keys and values are read once for
+// all of them. Scores are dot products of eight threads at a time, which read a key side by side; values
+// are added up by groups of threads, of which group g of G has the positions g, g + G and so on. Splits
+// are ranges of *positions*, and what is added in which order depends on positions alone, so the result
+// depends neither on slots nor on other rows. A row that sees more than one split leaves partial sums,
+// which combine.wgsl merges.
 
 struct Params {
     // Query heads that share a key/value head.
@@ -29,7 +28,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> q: array<f32>;
-// Rows of the cache as they are read: PAIRS pairs of elements at a time (cache/).
+// Rows of the cache as they are read: PAIRS pairs of elements at a time (cached/).
 @group(0) @binding(1) var<storage, read> keys: array<Cached>;
 @group(0) @binding(2) var<storage, read> values: array<Cached>;
 @group(0) @binding(3) var<storage, read_write> partial: array<f32>;
@@ -217,8 +216,8 @@ fn main(
         let is_here = row < params.end_row && start[r] < end[r];
         if seen[r] > SPLIT {
             // Largest score, sum of exponentials, sums.
-            let splits_before = (place.y * QUERIES + r) * places.x + head;
-            let at = (splits_before * params.splits + place.z) * (params.head_dim + 2u);
+            let list = (place.y * QUERIES + r) * places.x + head;
+            let at = (list * params.splits + place.z) * (params.head_dim + 2u);
             if is_here && index == 0u {
                 partial[at] = most[r];
                 partial[at + 1u] = sum.z;

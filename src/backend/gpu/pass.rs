@@ -366,11 +366,12 @@ impl<'p> GpuPass<'p> {
                 cost: rows * matrix.cols * x.rows,
             });
         }
-        let is_fusible = self.gpu.variants.fused
+        let mut is_fusible = self.gpu.variants.fused
             && frame == Frame::Matmul
             && arithmetic == Arithmetic::Int8
             && products.len() == 1;
         products.iter().for_each(|product| self.record(product));
+        is_fusible &= self.failed.is_none();
         if is_fusible {
             self.fusible.append(&mut products);
         } else {
