@@ -13,13 +13,19 @@ struct Sums {
 // Sums over lanes: of each range, of each column, those of all rows.
 var<workgroup> partial: array<f32, RANGES * OUTPUTS>;
 
-// The element of row v of this workgroup and column n.
-fn element(v: u32, n: u32, bias: f32) -> f32 {
+// The element of row v of a workgroup and column n.
+fn element(tile: u32, v: u32, n: u32) -> f32 {
     var sum = 0.0;
     for (var t = 0u; t < RANGES; t++) {
         sum += partial[t * OUTPUTS + n * GROUP_ROWS + v];
     }
-    return finished(sum, n, bias);
+    return finished(sum, n, bias_of(source_row(tile, v)));
+}
+
+// Those of four rows.
+fn four(tile: u32, v: u32, n: u32) -> vec4<f32> {
+    return vec4<f32>(element(tile, v, n), element(tile, v + 1u, n), element(tile, v + 2u, n),
+                     element(tile, v + 3u, n));
 }
 
 @compute @workgroup_size(THREADS)

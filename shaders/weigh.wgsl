@@ -1,5 +1,5 @@
 // Rows of x times the weights of a norm, as bytes, and the sums of x's squares: products that follow apply
-// what else is of the norm (norm_factors.wgsl).
+// what else is of the norm (factors/int8.wgsl).
 
 struct Params {
     // vec4s of a row.

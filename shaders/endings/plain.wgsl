@@ -8,7 +8,6 @@ fn end_of_product(tile: u32, first_column: u32, index: u32) {
     if index < OUTPUTS {
         let v = index % GROUP_ROWS;
         let n = index / GROUP_ROWS;
-        let row = tile * GROUP_ROWS + v;
-        store(row, first_column + n, element(v, n, bias_of(row)));
+        store(source_row(tile, v), first_column + n, element(tile, v, n));
     }
 }

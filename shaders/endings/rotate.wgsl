@@ -44,39 +44,36 @@ fn end_of_product(tile: u32, first_column: u32, index: u32) {
     if n >= COLUMNS || column >= params.columns || row >= params.rows {
         return;
     }
-    var four = vec4<f32>();
-    for (var k = 0u; k < 4u; k++) {
-        four[k] = element(v + k, n, bias_of(source_row(tile, v + k)));
-    }
+    var mine = four(tile, v, n);
     let i = params.above + row;
     // Where the first two and the last two go, in pairs of elements.
     let slot = (params.first_slot + column) * params.kv_pairs;
     if i >= params.third {
         let to = slot + (i - params.third) / 2u;
-        cached(false, to, four.xy);
-        cached(false, to + 1u, four.zw);
+        cached(false, to, mine.xy);
+        cached(false, to + 1u, mine.zw);
         return;
     }
     let d = i % params.head_dim;
     var places = vec2<u32>(d, d + 2u);
     if d < rotated() {
-        let a = rotate(four.xy, rotation(column, d / 2u));
-        let b = rotate(four.zw, rotation(column, d / 2u + 1u));
-        four = vec4<f32>(a, b);
+        let a = rotate(mine.xy, rotation(column, d / 2u));
+        let b = rotate(mine.zw, rotation(column, d / 2u + 1u));
+        mine = vec4<f32>(a, b);
         if params.halves != 0u {
-            four = vec4<f32>(a.x, b.x, a.y, b.y);
+            mine = vec4<f32>(a.x, b.x, a.y, b.y);
             places = vec2<u32>(d / 2u, d / 2u + params.pairs);
         }
     }
     if i < params.second {
         let to = vec2<u32>(column * params.out_stride + i - d) + places;
-        q[to.x] = four.x;
-        q[to.x + 1u] = four.y;
-        q[to.y] = four.z;
-        q[to.y + 1u] = four.w;
+        q[to.x] = mine.x;
+        q[to.x + 1u] = mine.y;
+        q[to.y] = mine.z;
+        q[to.y + 1u] = mine.w;
     } else {
         let head = slot + (i - d - params.second) / 2u;
-        cached(true, head + places.x / 2u, four.xy);
-        cached(true, head + places.y / 2u, four.zw);
+        cached(true, head + places.x / 2u, mine.xy);
+        cached(true, head + places.y / 2u, mine.zw);
     }
 }

@@ -24,9 +24,3 @@ fn accumulate(before: Sums, chunks: array<Chunk, ROWS>, c: u32, first_column: u3
     }
     return sums;
 }
-
-fn prepare(first_column: u32, index: u32) {}
-
-fn finished(sum: f32, n: u32, bias: f32) -> f32 {
-    return sum + bias;
-}

@@ -1,5 +1,5 @@
 // With rows that are written as bytes go the sums of the squares of their blocks of 32, as f32s behind the
-// scales, an even number for each row: what norm_factors.wgsl reads.
+// scales, an even number for each row: what factors/int8.wgsl reads.
 fn square_block(row: u32, groups: u32, i: u32, inside: bool, x: vec4<f32>, index: u32) {
     // (Written out, so that no compiler chooses what is rounded.)
     let sum = sum8(fma(x.w, x.w, fma(x.z, x.z, fma(x.y, x.y, x.x * x.x))), index);

@@ -20,15 +20,6 @@ fn share_weights(chunk: Chunk, i: u32, lane: u32, row: u32) {
     halves[(lane * PIECE + 1u) * W_STEP + row] = halves4(chunk, i + 1u);
 }
 
-// (Activations are read when they are shared: there are too many to keep them on their way.)
-struct Activations {
-    none: u32,
-}
-
-fn load_x(base: u32, c: u32) -> Activations {
-    return Activations();
-}
-
 fn share_x(mine: Activations, base: u32, c: u32, i: u32, lane: u32, column: u32) {
     let to = X_AT + lane * PIECE * X_STEP + column;
     halves[to] = x[base + position(c, i)];
@@ -61,16 +52,4 @@ fn end_of_chunk(before: Sums) -> Sums {
         }
     }
     return sums;
-}
-
-var<workgroup> factors: array<f32, COLUMNS>;
-
-fn prepare(first_column: u32, index: u32) {
-    if index < COLUMNS {
-        factors[index] = scales[min(first_column + index, params.columns - 1u)];
-    }
-}
-
-fn finished(sum: f32, n: u32, bias: f32) -> f32 {
-    return fma(sum, factors[n], bias);
 }

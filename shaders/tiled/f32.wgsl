@@ -15,15 +15,6 @@ fn share_weights(chunk: Chunk, i: u32, lane: u32, row: u32) {
     memory[(lane * PIECE + 1u) * W_STEP + row] = bitcast<vec4<u32>>(weights4(chunk, i + 1u));
 }
 
-// (Activations are read when they are shared: there are too many to keep them on their way.)
-struct Activations {
-    none: u32,
-}
-
-fn load_x(base: u32, c: u32) -> Activations {
-    return Activations();
-}
-
 fn share_x(mine: Activations, base: u32, c: u32, i: u32, lane: u32, column: u32) {
     let to = X_AT + lane * PIECE * X_STEP + column;
     memory[to] = bitcast<vec4<u32>>(x[base + position(c, i)]);
@@ -52,10 +43,4 @@ fn multiply(before: Sums, i: u32, lane: u32, row: u32, column: u32) -> Sums {
 
 fn end_of_chunk(sums: Sums) -> Sums {
     return sums;
-}
-
-fn prepare(first_column: u32, index: u32) {}
-
-fn finished(sum: f32, n: u32, bias: f32) -> f32 {
-    return sum + bias;
 }

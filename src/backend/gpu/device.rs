@@ -84,10 +84,9 @@ pub(super) struct Work {
     pub data: Vec<u32>,
     /// Copies that come first.
     pub copies: Vec<Copy>,
-    /// Dispatches that were submitted, and bytes of the words that were written.
+    /// Dispatches that were submitted, with their parameters, and words of `data` that were written.
     submitted: usize,
-    params_written: usize,
-    data_written: usize,
+    written: usize,
 }
 
 /// From, to, bytes.
@@ -99,7 +98,7 @@ impl Work {
         self.params.clear();
         self.data.clear();
         self.copies.clear();
-        (self.submitted, self.params_written, self.data_written) = (0, 0, 0);
+        (self.submitted, self.written) = (0, 0);
     }
 }
 
@@ -465,7 +464,7 @@ impl Device {
             self.write_words(arena);
             return self.submit_timed(arena);
         }
-        self.hand_over(arena, true)
+        self.hand_over(arena)
     }
 
     /// Hands over what a pass has recorded so far, if that is enough: the device begins while the rest is still
@@ -476,12 +475,13 @@ impl Device {
         if pending < FIRST_PIECE.max(arena.work.submitted) || lock(&self.times).is_some() {
             return Ok(());
         }
-        self.hand_over(arena, false)
+        self.hand_over(arena)
     }
 
     /// Writes the words of a pass that are not on the device yet.
     fn write_words(&self, arena: &mut Arena) {
         let work = &mut arena.work;
+        let mut first_param = work.submitted * self.params_step();
         let (params, data) = (work.params.len() as u64, 4 * work.data.len() as u64);
         if params > arena.params.size() || data > arena.data.size() {
             let larger = |bytes: u64, now: u64| bytes.max(now).next_power_of_two();
@@ -489,29 +489,23 @@ impl Device {
                 larger(params, arena.params.size()),
                 larger(data, arena.data.size()),
             );
-            (work.params_written, work.data_written) = (0, 0);
+            (first_param, work.written) = (0, 0);
         }
-        let write = |buffer: &wgpu::Buffer, bytes: &[u8], written: &mut usize| {
-            self.queue.write_buffer(buffer, *written as u64, &bytes[*written..]);
-            *written = bytes.len();
-        };
-        write(&arena.params, &work.params, &mut work.params_written);
-        write(&arena.data, bytemuck::cast_slice(&work.data), &mut work.data_written);
+        let words: &[u8] = bytemuck::cast_slice(&work.data[work.written..]);
+        self.queue.write_buffer(&arena.params, first_param as u64, &work.params[first_param..]);
+        self.queue.write_buffer(&arena.data, 4 * work.written as u64, words);
+        work.written = work.data.len();
     }
 
     /// Hands over what is recorded. Work that would take long becomes several submissions.
-    fn hand_over(&self, arena: &mut Arena, is_last: bool) -> Result<()> {
+    fn hand_over(&self, arena: &mut Arena) -> Result<()> {
         self.write_words(arena);
         let budget = (lock(&self.speed).rate * SUBMISSION_SECONDS) as u64;
-        let copies = std::mem::take(&mut arena.work.copies);
         let mut first = arena.work.submitted;
-        let mut is_first = true;
-        while first < arena.work.ops.len() || (is_first && is_last && !copies.is_empty()) {
+        while first < arena.work.ops.len() || !arena.work.copies.is_empty() {
             let mut cost = 0;
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            if std::mem::take(&mut is_first) {
-                encode_copies(&mut encoder, &copies);
-            }
+            encode_copies(&mut encoder, &std::mem::take(&mut arena.work.copies));
             let mut pass = encoder.begin_compute_pass(&Default::default());
             while first < arena.work.ops.len() && cost <= budget {
                 self.encode(&mut pass, arena, first);

@@ -1,10 +1,10 @@
 //! A pass under way: the verbs of a forward pass as dispatches, and what becomes of several at once.
 //!
 //! Products of bytes do what follows them as well where they can: they add up the residual and prepare the norm,
-//! or SwiGLU, or rotate queries and keys and store keys and values. The verbs come one by one, so a product
-//! that was just recorded is taken back and recorded again with that *ending*. A norm is put off until it is
-//! known what reads it: products take its rows as bytes without the factor of each row, which they
-//! apply themselves, so that nothing has to wait for the sum over a whole row.
+//! or SwiGLU, or rotate queries and keys and store keys and values. The verbs come one by one, so products are put
+//! off until the verb after them is known, and recorded with it as their *ending* or without. A norm is put
+//! off until it is known what reads it: products take its rows as bytes without the factor of each row, which
+//! they apply themselves, so that nothing has to wait for the sum over a whole row.
 
 use std::sync::Arc;
 
@@ -129,8 +129,8 @@ pub struct GpuPass<'p> {
     norm: Option<Norm>,
     /// The buffer of a norm that products took as bytes: nothing was written to it.
     unwritten: Option<u64>,
-    /// The products that were recorded last, if nothing was since: the verb that follows may become a part of them.
-    fusible: Vec<Product>,
+    /// Products of the last verb that are put off: the verb that follows may become a part of them.
+    products: Vec<Product>,
     /// The first thing that went wrong.
     failed: Option<Error>,
 }
@@ -164,7 +164,7 @@ impl<'p> GpuPass<'p> {
             other_bytes: false,
             norm: None,
             unwritten: None,
-            fusible: Vec::new(),
+            products: Vec::new(),
             failed: None,
         }
     }
@@ -172,6 +172,7 @@ impl<'p> GpuPass<'p> {
     /// Submits what was recorded, unless recording it failed.
     pub(in crate::backend) fn end<R>(mut self, recorded: Result<R>) -> Result<R> {
         self.end_norm();
+        self.end_products();
         let device = &self.gpu.device;
         let result = match self.failed {
             Some(error) => Err(error),
@@ -193,9 +194,8 @@ impl<'p> GpuPass<'p> {
             return;
         }
         self.end_norm();
-        self.fusible.clear();
+        self.end_products();
         self.rounded = None;
-        // Nothing that was recorded will be taken back now.
         if self.failed.is_none()
             && let Err(error) = self.gpu.device.submit_early(&mut self.arena)
         {
@@ -212,9 +212,7 @@ impl<'p> GpuPass<'p> {
         groups: [usize; 3],
         cost: usize,
     ) {
-        if buffers.iter().any(|buffer| self.unwritten == Some(buffer.id)) {
-            return self.fail("was to read a norm after the products that it is for".to_owned());
-        }
+        self.check_written(buffers);
         let device = &self.gpu.device;
         let buffers: Vec<&Storage> = buffers.iter().map(|buffer| &***buffer).collect();
         let work = &mut self.arena.work;
@@ -229,6 +227,13 @@ impl<'p> GpuPass<'p> {
             shape: None,
             cost: cost as u64,
         });
+    }
+
+    /// Fails if something is to use the buffer of a norm that products took as bytes.
+    fn check_written(&mut self, buffers: &[&Arc<Storage>]) {
+        if buffers.iter().any(|buffer| self.unwritten == Some(buffer.id)) {
+            self.fail("was to read a norm after the products that it is for".to_owned());
+        }
     }
 
     /// Makes room for `rows` rows, and says that there are as many.
@@ -322,7 +327,6 @@ impl<'p> GpuPass<'p> {
         let second = if several { matrix.rows } else { all_rows };
         let third = to.get(1).map_or(all_rows, |(matrix, _)| second + matrix.rows);
         let stride = |i: usize| output(i).map_or(0, |out| out.stride as u32);
-        let mut products = Vec::new();
         for part in &matrix.parts.parts {
             let rows = if several { all_rows } else { part.rows };
             let bias_at = matrix.bias.as_ref().map_or(NO_BIAS, |bias| bias.at + part.first);
@@ -357,25 +361,16 @@ impl<'p> GpuPass<'p> {
                     others.map(|(i, none)| output(i).map_or(none, Buffer::storage).clone()),
                 );
             }
-            products.push(Product {
+            let product = Product {
                 shader,
                 inputs: [part.bytes.clone(), values.clone(), scales.clone(), bias.clone()],
                 outputs,
                 params,
                 matrices: to.len(),
                 cost: rows * matrix.cols * x.rows,
-            });
-        }
-        let mut is_fusible = self.gpu.variants.fused
-            && frame == Frame::Matmul
-            && arithmetic == Arithmetic::Int8
-            && products.len() == 1;
-        products.iter().for_each(|product| self.record(product));
-        is_fusible &= self.failed.is_none();
-        if is_fusible {
-            self.fusible.append(&mut products);
-        } else {
-            self.fusible.clear();
+            };
+            self.check_written(&product.inputs.each_ref());
+            self.products.push(product);
         }
         if to.iter().any(|(_, out)| self.is_rounded(out)) {
             self.rounded = None;
@@ -400,22 +395,34 @@ impl<'p> GpuPass<'p> {
         }
     }
 
-    /// Takes the products that were recorded last back, to be recorded with another ending.
-    fn take_back(&mut self) -> Vec<Product> {
-        let products = std::mem::take(&mut self.fusible);
-        let work = &mut self.arena.work;
-        work.ops.truncate(work.ops.len() - products.len());
-        work.params.truncate(work.ops.len() * self.gpu.device.params_step());
-        products
+    /// Records the products that were put off as they are.
+    fn end_products(&mut self) {
+        for product in std::mem::take(&mut self.products) {
+            self.record(&product);
+        }
     }
 
-    /// Whether the products that were recorded last have these outputs, one after another.
-    fn have_outputs(&self, outputs: &[&Buffer]) -> bool {
-        let mut made = self.fusible.iter().flat_map(|product| {
-            product.outputs[..product.matrices].iter().map(|storage| storage.id)
-        });
-        outputs.iter().all(|out| out.storage.as_ref().map(|storage| storage.id) == made.next())
-            && made.next().is_none()
+    /// Records the products that were put off with another ending, which `change` gives what it needs.
+    fn end_products_with(&mut self, ending: Ending, mut change: impl FnMut(&mut Product)) {
+        for mut product in std::mem::take(&mut self.products) {
+            product.shader.ending = ending;
+            change(&mut product);
+            self.record(&product);
+        }
+    }
+
+    /// Whether a product can have another ending.
+    fn can_fuse(&self, product: &Product) -> bool {
+        let Shader { frame, arithmetic, .. } = product.shader;
+        self.gpu.variants.fused && frame == Frame::Matmul && arithmetic == Arithmetic::Int8
+    }
+
+    /// Whether the products that were put off have these outputs, one after another, and can have another ending.
+    fn are_fusible(&self, outputs: &[&Buffer]) -> bool {
+        // (Parts of a matrix have one output together, which is no match.)
+        let made = self.products.iter().flat_map(|product| &product.outputs[..product.matrices]);
+        self.products.iter().all(|product| self.can_fuse(product))
+            && made.map(|storage| storage.id).eq(outputs.iter().map(|out| out.storage().id))
     }
 
     /// Rows of a table: those of the tokens, or those of the positions, which are added.
@@ -465,7 +472,6 @@ impl<'p> GpuPass<'p> {
         self.end_norm();
         match wanted.into_iter().find(|&arithmetic| arithmetic != Arithmetic::F32) {
             Some(Arithmetic::F16) => {
-                self.fusible.clear();
                 let halves = self.scratch(1, x.rows * x.stride / 2);
                 let scales = self.scratch(2, x.rows);
                 self.dispatch(
@@ -538,27 +544,24 @@ impl<'p> GpuPass<'p> {
         let squares = (2 * rows * stride / CHUNK) as u32;
         let factors =
             NormFactors { squares, inverse_width: 1.0 / width as f32, epsilon: norm.epsilon };
-        let follows = |product: &Product| {
+        let is_residual = |product: &Product| {
             product.outputs[0].id == norm.x.id
-                && product.shader.ending == Ending::One
                 && product.params.add != 0
                 && product.params.rows as usize == width
                 && width % CHUNK == 0
         };
-        if matches!(&self.fusible[..], [product] if follows(product)) {
-            for mut product in self.take_back() {
-                product.shader.ending = Ending::Norm;
+        if matches!(&self.products[..], [product] if self.can_fuse(product) && is_residual(product))
+        {
+            self.end_products_with(Ending::Norm, |product| {
                 product.params.out_squares = squares;
                 let more = [&norm.weight, &rounded.values, &rounded.scales];
                 product.outputs.extend(more.map(Arc::clone));
-                self.record(&product);
-            }
+            });
         } else {
-            let arithmetic = Arithmetic::Int8;
-            let subgroups = self.gpu.subgroups;
-            self.dispatch(
-                Shader { arithmetic, subgroups, ..Shader::plain(Frame::Weigh) },
-                &[&norm.x, &norm.weight, &rounded.values, &rounded.scales],
+            self.activations(
+                Shader::plain(Frame::Weigh),
+                &[&norm.x, &norm.weight],
+                Some(&rounded),
                 &[(stride / 4) as u32, squares],
                 [(stride / 4).div_ceil(64), rows, 1],
                 rows * stride,
@@ -569,9 +572,9 @@ impl<'p> GpuPass<'p> {
         self.unwritten = Some(norm.out.id);
     }
 
-    /// Whether activations are written as bytes too, by frames that can.
-    fn rounds(&self, can: bool) -> bool {
-        can && self.gpu.arithmetic == Arithmetic::Int8
+    /// Room for the rows of `out` as bytes, if products want them and a frame can write them along.
+    fn room_along(&mut self, out: &Buffer, can: bool) -> Option<Rounded> {
+        (can && self.gpu.arithmetic == Arithmetic::Int8).then(|| self.room_for_bytes(out))
     }
 
     /// Runs a frame over rows of activations that products read next: where these want bytes it writes them too,
@@ -665,7 +668,7 @@ impl Pass<Gpu> for GpuPass<'_> {
     ) {
         assert_eq!([x.width; 3], [out.width, weight.len, bias.len]);
         self.set_rows(out, x.rows);
-        let rounded = self.rounds(true).then(|| self.room_for_bytes(out));
+        let rounded = self.room_along(out, true);
         self.activations(
             Shader::plain(Frame::LayerNorm),
             &[x.storage(), &weight.floats, &bias.floats, out.storage()],
@@ -679,7 +682,7 @@ impl Pass<Gpu> for GpuPass<'_> {
 
     fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
         let x = &self.operand(x, to.iter().map(|(matrix, _)| matrix.block));
-        self.fusible.clear();
+        self.end_products();
         let mut first = 0;
         while first < to.len() {
             let mut end = first + 1;
@@ -693,7 +696,7 @@ impl Pass<Gpu> for GpuPass<'_> {
 
     fn linear_add(&mut self, x: &Buffer, weight: &Matrix, out: &mut Buffer) {
         let x = &self.operand(x, std::iter::once(weight.block));
-        self.fusible.clear();
+        self.end_products();
         self.product(x, &mut [(weight, out)], true);
     }
 
@@ -720,29 +723,28 @@ impl Pass<Gpu> for GpuPass<'_> {
         }
         let (heads, rotated) = (q.width / head_dim, self.rows.rotations.len() / n);
         let halves = usize::from(pairs == RotaryPairs::Halves);
-        if head_dim % 4 == 0 && rotated % 2 == 0 && self.have_outputs(&[q, k, v]) {
-            let (second, third) = (q.width, q.width + k.width);
+        if head_dim % 4 == 0 && rotated % 2 == 0 && self.are_fusible(&[q, k, v]) {
+            let (second, third) = (q.width as u32, (q.width + k.width) as u32);
+            let (rotations_at, first_slot) = (self.rotations_at, self.rows.first_slot as u32);
             let mut above = 0;
-            for mut product in self.take_back() {
-                product.shader.ending = Ending::Rotate;
+            self.end_products_with(Ending::Rotate, |product| {
                 product.shader.cache_f16 = cache.is_f16();
                 product.outputs = vec![q.storage().clone(), keys.clone(), values.clone()];
                 product.params = ProductParams {
                     out_stride: q.stride as u32,
-                    second: second as u32,
-                    third: third as u32,
+                    second,
+                    third,
                     above,
                     head_dim: head_dim as u32,
                     pairs: rotated as u32,
                     halves: halves as u32,
-                    rotations_at: self.rotations_at,
-                    first_slot: self.rows.first_slot as u32,
+                    rotations_at,
+                    first_slot,
                     kv_pairs: (kv_heads * head_dim / 2) as u32,
                     ..product.params
                 };
                 above += product.params.rows;
-                self.record(&product);
-            }
+            });
             return;
         }
         let params = [
@@ -787,18 +789,15 @@ impl Pass<Gpu> for GpuPass<'_> {
         let splits = (line + deepest as usize).div_ceil(SPLIT);
         // One split is written where it belongs; several are merged.
         let row_floats = if splits > 1 { heads * splits * (head_dim + 2) } else { 0 };
-        let at_once = match row_floats {
+        let fit = match row_floats {
             0 => q.rows,
-            floats => (self.gpu.partial_limit / (4 * floats)).clamp(1, q.rows),
+            floats => self.gpu.partial_limit / (4 * floats),
         };
         // Rows of a chain share what they read, if there are many: few had better be many workgroups.
         let columns =
             if q.rows >= LEAST_SHARING && is_chain(self.rows.paths) { QUERIES } else { 1 };
-        let at_once = if at_once < q.rows {
-            (at_once / columns as usize).max(1) * columns as usize
-        } else {
-            q.rows
-        };
+        let whole = (fit / columns as usize).max(1) * columns as usize;
+        let at_once = if fit < q.rows { whole } else { q.rows };
         let partial = self.scratch(0, at_once * row_floats);
         let scale = 1.0 / (head_dim as f32).sqrt();
         // What is read at once has up to 16 bytes, and does not go beyond a head.
@@ -807,7 +806,7 @@ impl Pass<Gpu> for GpuPass<'_> {
         let pairs = pairs.map_or(1, |n| n as u32);
         // A block of bytes is of one head then.
         let whole_blocks = head_dim % CHUNK == 0;
-        let rounded = self.rounds(whole_blocks).then(|| self.room_for_bytes(out));
+        let rounded = self.room_along(out, whole_blocks);
         let window = window.map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX));
         for first in (0..q.rows).step_by(at_once) {
             let rows = at_once.min(q.rows - first);
@@ -857,21 +856,17 @@ impl Pass<Gpu> for GpuPass<'_> {
 
     fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
         assert_eq!((gate.stride, gate.rows), (up.stride, up.rows));
-        if gate.width.is_multiple_of(CHUNK)
-            && self.fusible.len() == 1
-            && self.have_outputs(&[gate, up])
-        {
+        let is_one = self.products.len() == 1 && gate.width.is_multiple_of(CHUNK);
+        if is_one && self.are_fusible(&[gate, up]) {
             let rounded = self.room_for_bytes(gate);
-            for mut product in self.take_back() {
-                product.shader.ending = Ending::Swiglu;
+            self.end_products_with(Ending::Swiglu, |product| {
                 product.outputs =
                     vec![gate.storage().clone(), rounded.values.clone(), rounded.scales.clone()];
-                self.record(&product);
-            }
+            });
             self.rounded = Some(rounded);
             return;
         }
-        let rounded = self.rounds(true).then(|| self.room_for_bytes(gate));
+        let rounded = self.room_along(gate, true);
         self.activations(
             Shader::plain(Frame::Swiglu),
             &[gate.storage(), up.storage()],

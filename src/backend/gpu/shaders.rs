@@ -349,7 +349,6 @@ impl Shader {
         }
         let int8 = self.is_product() && self.arithmetic == Arithmetic::Int8;
         if self.is_product() {
-            let elements = include_str!("../../../shaders/endings/elements.wgsl");
             out += match self.ending {
                 Ending::One => include_str!("../../../shaders/endings/one.wgsl"),
                 Ending::Three => include_str!("../../../shaders/endings/three.wgsl"),
@@ -358,13 +357,21 @@ impl Shader {
                 Ending::Rotate => include_str!("../../../shaders/endings/rotate.wgsl"),
             };
             if !self.ending.is_fused() {
-                out += elements;
+                out += include_str!("../../../shaders/endings/elements.wgsl");
                 if self.frame == Frame::Matmul {
                     out += include_str!("../../../shaders/endings/plain.wgsl");
                 }
             }
-            if int8 {
-                out += include_str!("../../../shaders/norm_factors.wgsl");
+            if matches!(self.ending, Ending::Norm | Ending::Swiglu) {
+                out += include_str!("../../../shaders/endings/blocks.wgsl");
+            }
+            out += match self.arithmetic {
+                Arithmetic::F32 => include_str!("../../../shaders/factors/f32.wgsl"),
+                Arithmetic::Int8 => include_str!("../../../shaders/factors/int8.wgsl"),
+                Arithmetic::F16 => include_str!("../../../shaders/factors/f16.wgsl"),
+            };
+            if self.frame == Frame::Tiled && !int8 {
+                out += include_str!("../../../shaders/tiled/floats.wgsl");
             }
         }
         if self.frame == Frame::RotateStore || self.ending == Ending::Rotate {
