@@ -425,22 +425,48 @@ impl Gguf {
     }
 }
 
-/// A tensor that keeps its file open: what a backend holds to weights that it does not copy.
+/// A tensor, or some of its rows, that keeps its file open: what a backend holds to weights that it does not
+/// copy.
 #[derive(Debug, Clone)]
 pub struct SharedTensor {
     file: Arc<Gguf>,
     index: usize,
+    /// Some rows of it; none for all.
+    rows: Option<Range<usize>>,
 }
 
 impl SharedTensor {
     /// The tensor called `name`, if `file` has it.
     pub fn find(file: &Arc<Gguf>, name: &str) -> Option<Self> {
-        file.index(name).map(|index| SharedTensor { file: file.clone(), index })
+        file.index(name).map(|index| SharedTensor { file: file.clone(), index, rows: None })
+    }
+
+    /// Some rows of it, counted from its first: such as the keys of a matrix that makes queries, keys and values.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it has fewer rows.
+    pub fn slice(&self, rows: Range<usize>) -> Result<Self> {
+        let view = self.view();
+        if rows.start > rows.end || rows.end > view.rows {
+            let what = format!("tensor `{}` has {} rows, not rows {rows:?}", view.name, view.rows);
+            return Err(Error::format(view.file, what));
+        }
+        let first = self.rows.as_ref().map_or(0, |rows| rows.start);
+        let rows = Some(first + rows.start..first + rows.end);
+        Ok(SharedTensor { file: self.file.clone(), index: self.index, rows })
     }
 
     /// The tensor.
     pub fn view(&self) -> Tensor<'_> {
-        self.file.view(&self.file.tensors[self.index])
+        let whole = self.file.view(&self.file.tensors[self.index]);
+        match &self.rows {
+            None => whole,
+            Some(rows) => {
+                let n = whole.row_bytes();
+                let bytes = &whole.bytes[rows.start * n..rows.end * n];
+                Tensor { rows: rows.len(), bytes, ..whole }
+            }
+        }
     }
 
     /// Says that its mapped pages are not needed soon: see [`Gguf::release`].

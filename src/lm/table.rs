@@ -2,7 +2,7 @@
 //!
 //! It has no weights and an exact distribution, so decoders can be tested against theory.
 
-use super::lm::{Batch, Lm, Outputs, Row, Token};
+use super::{Batch, Lm, Outputs, Row, Token};
 use super::tree::Tree;
 use crate::error::{Error, Result};
 

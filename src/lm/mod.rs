@@ -7,10 +7,12 @@
 //! and it sees the whole line, its ancestors and itself. Chain drafting, beams, trees, rollback
 //! and prompt reuse are all these two calls, and no cache is ever copied.
 
+pub mod table;
+pub mod tree;
+
 use std::cmp::Ordering;
 use std::ops::Range;
 
-use crate::backend::Largest;
 use crate::error::{Error, Result};
 
 /// A token's number in the vocabulary.
@@ -112,6 +114,17 @@ pub enum Output<'a> {
     },
     /// Log-probabilities of the tokens asked for, in their order.
     LogProbs(&'a [f64]),
+}
+
+/// The largest logits of some rows, as a device found them.
+#[derive(Debug, Clone, Default)]
+pub struct TopK {
+    /// How many of each row.
+    pub k: usize,
+    /// Tokens and logits, row by row: largest first, of equal ones the first.
+    pub top: Vec<(Token, f32)>,
+    /// For each row, ln sum exp(logit / temperature).
+    pub log_sum_exp: Vec<f64>,
 }
 
 /// The outputs of one [`Lm::eval`], by place in its batch.
@@ -246,8 +259,8 @@ impl Outputs {
 
 impl Outputs {
     /// Takes what a device found of the rows that want something, all of which want [`Want::Top`].
-    pub(crate) fn push_largest(&mut self, wants: &[Want<'_>], largest: &Largest) {
-        let mut rows = largest.top.chunks_exact(largest.k).zip(&largest.log_sum_exp);
+    pub(crate) fn push_top_k(&mut self, wants: &[Want<'_>], found: &TopK) {
+        let mut rows = found.top.chunks_exact(found.k).zip(&found.log_sum_exp);
         for want in wants {
             match want {
                 Want::Top { k, temperature } => {

@@ -1,6 +1,6 @@
 //! Bookkeeping of a committed line and the tree of uncommitted rows on it.
 
-use super::lm::{Batch, MAX_TREE, Row};
+use super::{Batch, MAX_TREE, Row};
 use crate::error::{Error, Result};
 
 /// A line of committed rows and a tree of uncommitted ones.
@@ -42,7 +42,7 @@ impl Tree {
     /// Adds the rows of a batch, if all of them fit; otherwise none.
     ///
     /// # Errors
-    /// As [`super::lm::Lm::eval`].
+    /// As [`super::Lm::eval`].
     pub fn append(&mut self, batch: &Batch<'_>, vocab_size: usize, capacity: usize) -> Result<()> {
         let before = self.paths.len();
         let added = self.try_append(batch, vocab_size, capacity);
@@ -149,7 +149,7 @@ pub fn rows_of(path: u128) -> impl Iterator<Item = Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::lm::Want;
+    use crate::lm::Want;
 
     fn grow(tree: &mut Tree, parents: &[Option<u32>]) -> Result<()> {
         let mut batch = Batch::new();
