@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let pairs = std::env::args().nth(1).map_or(Ok(400), |n| n.parse::<usize>())?;
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
     let pair = Pair::builtin(true, &options, &mut |_, _| true)?;
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default())?;
     let request = Request { max_tokens: Some(TOKENS), ..Request::default() };
     let mut facade = || -> mtad::Result<(f64, usize)> {
         session.prompt(PROMPT, false)?;

@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // Seconds of the same generation, which has the same tokens each time: on the wall, computing.
     let generate = |measured: bool| -> mtad::Result<[f64; 2]> {
-        let mut session = pair.session(&SessionOptions::default());
+        let mut session = pair.session(&SessionOptions::default())?;
         let mut recorder = None;
         if measured {
             let started = Recorder::start(meters(), rate)?;

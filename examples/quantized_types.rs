@@ -124,7 +124,7 @@ fn entry(source: &Gguf, recipe: Recipe, text: &str, chunks: usize) -> Result<Ent
     let add_bos = tokenizer.add_bos();
     let tokens = tokenizer.encode(text, EncodeOptions { bos: add_bos, special: false });
     let bos = tokenizer.bos().filter(|_| add_bos);
-    let mut lm = pair.target().session(&SessionOptions::default());
+    let mut lm = pair.target().session(&SessionOptions::default())?;
     let found = perplexity(&mut *lm, &tokens, bos, 512, Some(chunks), &mut |_, _| true)?;
     eprintln!("{recipe}: {bytes} bytes, perplexity {:.3}", found.value());
     let perplexity = (found.value(), found.standard_error());
@@ -138,7 +138,7 @@ fn draw(entry: &mut Entry, prompt: &str, seed: u64) -> Result<()> {
     {
         let settings = Settings { strategy, seed, ..Settings::default() };
         let request = Request { settings, max_tokens: Some(TOKENS), ..Request::default() };
-        let mut session = entry.pair.session(&SessionOptions::default());
+        let mut session = entry.pair.session(&SessionOptions::default())?;
         let mut generation = session.generate(prompt, &request)?;
         generation.by_ref().try_for_each(|piece| piece.map(drop))?;
         let s = generation.statistics();

@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let prompt = std::env::args().nth(1).unwrap_or_else(|| "Once upon a time".to_owned());
     // `Pair::open` takes GGUF files instead.
     let pair = Pair::builtin(true, &LoadOptions::default(), &mut |_, _| true)?;
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default())?;
     let request = Request { max_tokens: Some(120), ..Request::default() };
 
     print!("{prompt}");

@@ -51,7 +51,7 @@ pub enum Error {
         capacity: usize,
     },
     /// There is not as much memory.
-    #[error("{bytes} bytes of memory are needed for {what}, which are not to be had")]
+    #[error("not enough memory: {bytes} bytes are needed for {what}")]
     Memory {
         /// What it is for.
         what: String,

@@ -129,19 +129,19 @@ pub struct Piece {
 }
 
 impl Session {
-    pub(crate) fn new(pair: &Pair, options: &SessionOptions) -> Self {
-        Session {
+    pub(crate) fn new(pair: &Pair, options: &SessionOptions) -> Result<Self> {
+        Ok(Session {
             pair: pair.clone(),
             options: *options,
-            target: pair.target().session(options),
-            draft: pair.draft().map(|draft| draft.session(options)),
+            target: pair.target().session(options)?,
+            draft: pair.draft().map(|draft| draft.session(options)).transpose()?,
             decoding: None,
             listener: None,
             ready: VecDeque::new(),
             ahead: Vec::new(),
             spoken: 0,
             fresh: true,
-        }
+        })
     }
 
     /// The models that it is a session of.

@@ -10,7 +10,7 @@
 //! use mtad::{LoadOptions, Pair, Request, SessionOptions};
 //!
 //! let pair = Pair::builtin(true, &LoadOptions::default(), &mut |_, _| true)?;
-//! let mut session = pair.session(&SessionOptions::default());
+//! let mut session = pair.session(&SessionOptions::default())?;
 //! let request = Request { max_tokens: Some(20), ..Request::default() };
 //! for piece in session.generate("Once upon a time", &request)? {
 //!     print!("{}", piece?.text);

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::engine::{Device, Model, SessionOptions};
+use crate::engine::{Budget, Device, Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::exec::cpu::Cpu;
 use crate::generation::Session;
@@ -26,6 +26,9 @@ pub struct LoadOptions {
     /// Whether the CPU packs weights for its kernels when they are loaded; see
     /// [`Cpu::without_repacking`].
     pub repack: bool,
+    /// The most bytes of memory that weights, caches and activations may take together; `None` for what the
+    /// system has free. See [`Budget`].
+    pub memory: Option<u64>,
 }
 
 impl Default for LoadOptions {
@@ -36,6 +39,7 @@ impl Default for LoadOptions {
             gpu_layers: None,
             threads: 0,
             repack: true,
+            memory: None,
         }
     }
 }
@@ -47,6 +51,10 @@ impl LoadOptions {
     /// As [`Device::named`].
     pub fn device(&self) -> Result<Device> {
         Device::named(&self.device, self.cpu()?, self.gpu_layers)
+    }
+
+    fn budget(&self) -> Budget {
+        self.memory.map_or_else(Budget::available, Budget::of)
     }
 
     fn cpu(&self) -> Result<Cpu> {
@@ -130,7 +138,8 @@ impl Pair {
             Some(_) => options.draft_device(&device)?,
             None => device.clone(),
         };
-        Self::load(start, tokenizer, (target, &device), draft.map(|d| (d, &draft_device)), progress)
+        let draft = draft.map(|draft| (draft, &draft_device));
+        Self::load(start, tokenizer, (target, &device), draft, &options.budget(), progress)
     }
 
     /// A pair from open files, each on a device that is open already.
@@ -144,7 +153,7 @@ impl Pair {
     ) -> Result<Self> {
         let start = Instant::now();
         let tokenizer = fitting(&target.0, draft.as_ref().map(|(file, _)| file))?;
-        Self::load(start, tokenizer, target, draft, progress)
+        Self::load(start, tokenizer, target, draft, &Budget::available(), progress)
     }
 
     fn load(
@@ -152,17 +161,19 @@ impl Pair {
         tokenizer: Tokenizer,
         (target, device): (Gguf, &Device),
         draft: Option<(Gguf, &Device)>,
+        budget: &Budget,
         progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Self> {
         let weights = |file: &Gguf| file.tensors().map(|t| t.bytes.len() as u64).sum::<u64>();
         let first = weights(&target);
         let total = first + draft.as_ref().map_or(0, |(file, _)| weights(file));
-        let target = Model::load(Arc::new(target), device, &mut |done, _| progress(done, total))?;
-        let draft = draft
-            .map(|(file, device)| {
-                Model::load(Arc::new(file), device, &mut |done, _| progress(first + done, total))
+        let mut loaded = |file, device, before: u64| {
+            Model::load_within(Arc::new(file), device, budget, &mut |done, _| {
+                progress(before + done, total)
             })
-            .transpose()?;
+        };
+        let target = loaded(target, device, 0)?;
+        let draft = draft.map(|(file, device)| loaded(file, device, first)).transpose()?;
         Ok(Pair { target, draft, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
     }
 
@@ -193,7 +204,10 @@ impl Pair {
     }
 
     /// A new session with empty caches.
-    pub fn session(&self, options: &SessionOptions) -> Session {
+    ///
+    /// # Errors
+    /// As [`Model::session`].
+    pub fn session(&self, options: &SessionOptions) -> Result<Session> {
         Session::new(self, options)
     }
 }

@@ -267,7 +267,7 @@ impl Session {
     /// # Errors
     /// What the device reports.
     pub fn try_clone(&self) -> Result<Session> {
-        let mut twin = Session::new(&self.pair, &self.options);
+        let mut twin = Session::new(&self.pair, &self.options)?;
         let snapshot = self.snapshot();
         let text = snapshot.text.len();
         copy_rows(&*self.target, &mut *twin.target, text)?;
@@ -320,7 +320,7 @@ impl Pair {
         options: &SessionOptions,
     ) -> Result<Session> {
         let header = read_header(&mut file, len)?;
-        let mut session = Session::new(self, options);
+        let mut session = Session::new(self, options)?;
         self.check_header(&header, &session, &file.name)?;
         let text = file.take(header.text as usize * 4)?;
         let mut fields = Fields(&text);

@@ -25,7 +25,7 @@ fn use_file(bytes: Vec<u8>, device: &Device) -> Result<(), Error> {
     file.metadata().for_each(|(_, value)| drop(value.to_string()));
     Tokenizer::from_gguf(&file)?.encode("Hello, world", Default::default());
     let model = Model::load(file, device, &mut |_, _| true)?;
-    let mut lm = model.session(&SessionOptions::default());
+    let mut lm = model.session(&SessionOptions::default()).unwrap();
     lm.eval(&Batch::chain(&[1, 2, 3], None, Row(0), Want::Logits))?;
     Ok(())
 }

@@ -59,7 +59,7 @@ fn greedy_strategies_write_the_greedy_text() {
         ..Request::default()
     };
     // One session for all: a new prompt must not be disturbed by what the last one left behind.
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default()).unwrap();
     let (mut tokens, mut best) = (0, 0.0f64);
     for prompt in PROMPTS {
         let (greedy, ..) = generate(&mut session, prompt, &request(Strategy::Greedy, 1, 0.0));
@@ -83,7 +83,7 @@ fn greedy_strategies_write_the_greedy_text() {
 #[test]
 fn mtad_writes_likelier_text_in_fewer_passes_than_speculative_sampling() {
     let pair = pair();
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default()).unwrap();
     let mut measure = |strategy| {
         let (mut sum, mut count, mut efficiency) = (0.0, 0, 0.0);
         for (i, prompt) in PROMPTS.iter().cycle().take(60).enumerate() {
@@ -106,7 +106,7 @@ fn mtad_writes_likelier_text_in_fewer_passes_than_speculative_sampling() {
 
 /// How many of the held-out questions are answered rightly, and how many there are.
 fn right_answers(pair: &Pair, request: &Request) -> (usize, usize) {
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default()).unwrap();
     let questions = include_str!("../models/questions.jsonl").lines();
     let right = questions.clone().filter(|line| {
         let question: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -143,7 +143,7 @@ fn rows_give_the_same_bits_in_any_company() {
             let options = SessionOptions::default();
 
             // A line, and a tree of three branches on it that share nodes.
-            let mut lm = model.session(&options);
+            let mut lm = model.session(&options).unwrap();
             extend(&mut *lm, &tokens[..150]).unwrap();
             let mut batch = Batch::new();
             let mut branches = Vec::new();
@@ -161,7 +161,7 @@ fn rows_give_the_same_bits_in_any_company() {
             let tree: Vec<Vec<f32>> = (0..60).map(|i| outputs.logits(i).to_vec()).collect();
 
             for branch in &branches {
-                let mut alone = model.session(&options);
+                let mut alone = model.session(&options).unwrap();
                 extend(&mut *alone, &tokens[..150]).unwrap();
                 for (token, row) in branch {
                     let outputs = alone.eval(&Batch::chain(&[*token], None, Row(0), Want::Logits));
@@ -171,7 +171,7 @@ fn rows_give_the_same_bits_in_any_company() {
             }
             // Keeping the middle branch moves its rows; what follows is as if it had been a line.
             lm.keep(Some(branches[1].last().unwrap().1)).unwrap();
-            let mut fresh = model.session(&options);
+            let mut fresh = model.session(&options).unwrap();
             let line: Vec<Token> =
                 tokens[..150].iter().copied().chain(branches[1].iter().map(|b| b.0)).collect();
             extend(&mut *fresh, &line).unwrap();
@@ -186,8 +186,8 @@ fn rows_give_the_same_bits_in_any_company() {
 fn a_wide_prompt_is_the_same_as_single_rows() {
     let pair = pair();
     let mut sessions = [
-        pair.target().session(&SessionOptions::default()),
-        pair.target().session(&SessionOptions::default()),
+        pair.target().session(&SessionOptions::default()).unwrap(),
+        pair.target().session(&SessionOptions::default()).unwrap(),
     ];
     let tokens: Vec<Token> = (0..128).map(|i| 300 + i * 11 % 1500).collect();
     let mut batch = Batch::new();
@@ -213,9 +213,9 @@ fn a_session_goes_on_with_another_prompt_and_stays_itself() {
         max_tokens: Some(40),
         ..Request::default()
     };
-    let mut fresh = pair.session(&SessionOptions::default());
+    let mut fresh = pair.session(&SessionOptions::default()).unwrap();
     let expected = generate(&mut fresh, "Once upon a time there was a dog", &request(5)).0;
-    let mut used = pair.session(&SessionOptions::default());
+    let mut used = pair.session(&SessionOptions::default()).unwrap();
     generate(&mut used, "Once upon a time there was a cat", &request(1));
     let generation = used.generate("Once upon a time there was a dog", &request(5)).unwrap();
     assert!(generation.prefill().reused >= 4, "{:?}", generation.prefill());
@@ -225,7 +225,7 @@ fn a_session_goes_on_with_another_prompt_and_stays_itself() {
     // Sessions of one pair run side by side.
     let texts: Vec<_> = std::thread::scope(|scope| {
         let run = || {
-            let mut session = pair.session(&SessionOptions::default());
+            let mut session = pair.session(&SessionOptions::default()).unwrap();
             generate(&mut session, "Once upon a time there was a dog", &request(5)).0
         };
         let threads: Vec<_> = (0..3).map(|_| scope.spawn(run)).collect();

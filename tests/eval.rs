@@ -45,7 +45,7 @@ fn perplexity_is_that_of_the_second_halves() {
     let bos = pair.tokenizer().bos();
     let chunk = 50;
     // One token at a time, from whole rows of logits.
-    let mut lm = target.session(&SessionOptions::default());
+    let mut lm = target.session(&SessionOptions::default()).unwrap();
     let mut losses = Vec::new();
     for piece in tokens.chunks_exact(chunk) {
         lm.truncate(0).unwrap();

@@ -203,7 +203,7 @@ fn exact(weights: &Weights, member: &Member, tokens: &[u32]) -> Vec<f64> {
 /// Logits of all rows with a cache in single precision, fed in groups.
 fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
     let options = SessionOptions { cache_type: CacheType::F32, ..SessionOptions::default() };
-    let mut lm = model.session(&options);
+    let mut lm = model.session(&options).unwrap();
     let mut out = Vec::new();
     for piece in tokens.chunks(group) {
         let outputs = lm.eval(&Batch {

@@ -70,7 +70,8 @@ fn a_cache_in_single_precision_is_nearer_to_exact() {
     let device = Device::Cpu(Arc::new(Cpu::new(1).unwrap()));
     let model = Model::load(file, &device, &mut |_, _| true).unwrap();
     let error = |cache_type| {
-        let mut lm = model.session(&SessionOptions { cache_type, ..SessionOptions::default() });
+        let mut lm =
+            model.session(&SessionOptions { cache_type, ..SessionOptions::default() }).unwrap();
         let mut batch = Batch::new();
         for (i, &token) in tokens.iter().enumerate() {
             batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);

@@ -121,7 +121,7 @@ fn rows_of_random_trees_are_what_they_are_alone() {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as usize % n
     };
-    let mut lm = model.session(&SessionOptions::default());
+    let mut lm = model.session(&SessionOptions::default()).unwrap();
     let mut line: Vec<u32> = Vec::new();
     for round in 0..10 {
         // Grow a tree in batches of random sizes, at random parents; keep a random path of it.
@@ -169,14 +169,14 @@ fn rows_are_saved_on_one_device_and_restored_on_another() {
     let models = [&cpu, &gpu, &split].map(load);
     let tokens: Vec<u32> = (300..340).collect();
     for source in &models {
-        let mut lm = source.session(&SessionOptions::default());
+        let mut lm = source.session(&SessionOptions::default()).unwrap();
         lm.eval(&Batch::chain(&tokens, None, Row(0), Want::Nothing)).unwrap();
         lm.keep(Some(Row(tokens.len() as u32 - 1))).unwrap();
         let mut bytes = Vec::new();
         lm.save_rows(0..40, &mut bytes).unwrap();
         assert_eq!(bytes.len(), 40 * lm.row_bytes());
         for model in &models {
-            let mut restored = model.session(&SessionOptions::default());
+            let mut restored = model.session(&SessionOptions::default()).unwrap();
             restored.load_rows(15, &bytes_of(&bytes, layers, 0..15)).unwrap();
             restored.load_rows(25, &bytes_of(&bytes, layers, 15..40)).unwrap();
             let mut again = Vec::new();
@@ -209,7 +209,7 @@ fn request(strategy: Strategy, temperature: f32, seed: u64, max_tokens: usize) -
 
 /// Tokens, perplexity, and tokens of each target pass.
 fn generate(pair: &Pair, prompt: &str, request: &Request) -> (Vec<u32>, f64, f64) {
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default()).unwrap();
     let mut generation = session.generate(prompt, request).unwrap();
     generation.by_ref().for_each(|piece| drop(piece.unwrap()));
     let efficiency = generation.statistics().block_efficiency();
@@ -284,7 +284,7 @@ fn a_lost_device_keeps_the_tokens_and_goes_on_on_the_cpu_if_it_may() {
     for may_fall_back in [false, true] {
         let Some(device) = device("", None, may_fall_back) else { return };
         let pair = pair(&device);
-        let mut session = pair.session(&SessionOptions::default());
+        let mut session = pair.session(&SessionOptions::default()).unwrap();
         let mut generation = session.generate("Once upon a time", &greedy).unwrap();
         for _ in 0..10 {
             generation.next().unwrap().unwrap();

@@ -147,7 +147,8 @@ fn greedy_text_of_a_pair_is_the_targets_own_to_the_end_of_the_context() {
         for (i, (target, draft)) in pairs.iter().enumerate() {
             let prompt = &reference.tokens(NAMES[i])[..9];
             let options = SessionOptions::default();
-            let (mut target, mut draft) = (target.session(&options), draft.session(&options));
+            let (mut target, mut draft) =
+                (target.session(&options).unwrap(), draft.session(&options).unwrap());
             assert_eq!((target.capacity(), draft.capacity()), (128, 128));
             let mut decode = |strategy| {
                 let mut models = Models::pair(&mut *target, &mut *draft);

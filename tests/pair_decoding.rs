@@ -26,7 +26,7 @@ fn at_temperature_0_drafts_do_not_change_the_text() {
     let pair = pair();
     let (mut target, mut draft) = {
         let options = SessionOptions::default();
-        (pair.target().session(&options), pair.draft().unwrap().session(&options))
+        (pair.target().session(&options).unwrap(), pair.draft().unwrap().session(&options).unwrap())
     };
     let prompt = prompt(&pair);
     let mut text = |strategy| {
@@ -66,8 +66,8 @@ fn what_was_kept_is_in_the_cache_as_if_it_had_been_evaluated_plainly() {
     let options = SessionOptions::default();
     let prompt = prompt(&pair);
     for (strategy, _) in Strategy::ALL {
-        let mut target = pair.target().session(&options);
-        let mut draft = pair.draft().unwrap().session(&options);
+        let mut target = pair.target().session(&options).unwrap();
+        let mut draft = pair.draft().unwrap().session(&options).unwrap();
         let mut decoding = Decoding::new(settings(strategy)).unwrap();
         {
             let mut models = Models::pair(&mut *target, &mut *draft);
@@ -79,7 +79,7 @@ fn what_was_kept_is_in_the_cache_as_if_it_had_been_evaluated_plainly() {
         for (model, lm) in [(pair.target(), &mut target), (pair.draft().unwrap(), &mut draft)] {
             let line = &decoding.text()[..lm.committed()];
             for size in [MAX_TREE, 7] {
-                let mut fresh = model.session(&options);
+                let mut fresh = model.session(&options).unwrap();
                 for piece in line.chunks(size) {
                     let last = Row(piece.len() as u32 - 1);
                     fresh.eval(&Batch::chain(piece, None, Row(0), Want::Nothing)).unwrap();
@@ -113,7 +113,7 @@ fn generate(
 #[test]
 fn a_generation_ends_where_it_should_also_inside_a_draft() {
     let pair = pair();
-    let mut session = pair.session(&SessionOptions::default());
+    let mut session = pair.session(&SessionOptions::default()).unwrap();
     let (all, ids, reason) = generate(&mut session, Strategy::Greedy, 400, &[]);
     assert_eq!(reason, StopReason::Eos);
     // In the middle of a word, some tokens on.

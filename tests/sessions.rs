@@ -32,7 +32,7 @@ fn pair() -> Pair {
 }
 
 fn session(pair: &Pair) -> Session {
-    pair.session(&SessionOptions::default())
+    pair.session(&SessionOptions::default()).unwrap()
 }
 
 fn request(strategy: Strategy) -> Request {
@@ -222,7 +222,7 @@ fn single_precision_and_empty_sessions_are_restored_too() {
     let pair = pair();
     let options = SessionOptions { cache_type: CacheType::F32, ..SessionOptions::default() };
     let file = file("single");
-    let mut first = pair.session(&options);
+    let mut first = pair.session(&options).unwrap();
     first.save(&file).unwrap();
     let mut empty = pair.load_session(&file, &options).unwrap();
     assert!(empty.tokens().is_empty());

@@ -170,7 +170,7 @@ pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Resul
     let longest = plan.prompts.iter().copied().max().unwrap_or(0);
     let needed = (CACHED + MAX_TREE).max(longest).max(CACHED + plan.generate);
     let options = SessionOptions { context: Some(needed), ..SessionOptions::default() };
-    let mut lm = model.session(&options);
+    let mut lm = model.session(&options)?;
     let steps = plan.rounds + plan.prompts.len() + usize::from(plan.generate > 0);
     let mut done = 0;
     let mut step = |observer: &mut dyn Observer| {

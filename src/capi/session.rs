@@ -125,7 +125,7 @@ pub unsafe extern "C" fn mtad_session_create(
     session: *mut *mut mtad_session,
 ) -> mtad_status {
     // SAFETY: as the caller says.
-    unsafe { make(pair, options, session, |pair, options| Ok(pair.pair.session(options))) }
+    unsafe { make(pair, options, session, |pair, options| Ok(pair.pair.session(options)?)) }
 }
 
 /// A session from a file that mtad_session_save wrote with the same models. It goes on with the

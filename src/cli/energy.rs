@@ -170,7 +170,7 @@ fn generate(
     request: &Request,
     metering: &Metering,
 ) -> Result<Work> {
-    let mut session = pair.session(options);
+    let mut session = pair.session(options)?;
     metering.listen_to(&mut session);
     let begun = metering.begin();
     let mut generation = session.generate(prompt, request)?;

@@ -236,7 +236,7 @@ impl Observer for Watch {
 
 /// Leaves out prompts that the context has no room for.
 fn that_fit(tasks: Vec<Task>, pair: &Pair, options: &SessionOptions) -> Result<Vec<Task>> {
-    let capacity = pair.session(options).capacity();
+    let capacity = pair.session(options)?.capacity();
     let tokenizer = pair.tokenizer();
     let encoding = EncodeOptions { bos: tokenizer.add_bos(), special: false };
     let length = |task: &Task| tokenizer.encode(&task.prompt, encoding).len();

@@ -44,7 +44,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     let model = Model::load(file, &device, &mut loading_bar())?;
     print_notes(model.take_notes());
     let context = args.device.context();
-    let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() });
+    let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     // Asked first, so that no file is left behind when the tokens do not do.
     if args.tokens.len() > lm.capacity() {
         return Err(Error::ContextFull { wanted: args.tokens.len(), capacity: lm.capacity() });

@@ -109,6 +109,11 @@ struct DeviceArgs {
     #[arg(long)]
     no_repack: bool,
 
+    /// The most memory that weights, caches and activations may take together, such as 6G or 500M; a model that
+    /// does not fit runs from its file, which is slower [default: what the system has free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    memory: Option<u64>,
+
     /// The most tokens that prompt and text may have together [default: what the model was
     /// trained for]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -123,11 +128,33 @@ impl DeviceArgs {
             gpu_layers: self.gpu_layers.map(|n| n as usize),
             threads: self.threads.map_or(0, usize::from),
             repack: !self.no_repack,
+            memory: self.memory,
         }
     }
 
     fn context(&self) -> Option<usize> {
         self.ctx_size.map(|n| n as usize)
+    }
+}
+
+/// A number of bytes: digits, perhaps with a fraction, and perhaps K, M, G or T (of 1,024), with or without B or iB.
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..]
+        .to_ascii_lowercase()
+        .trim_end_matches("ib")
+        .trim_end_matches('b')
+    {
+        "" => 1.0,
+        "k" => 1024.0,
+        "m" => f64::from(1 << 20),
+        "g" => f64::from(1 << 30),
+        "t" => 1024.0 * f64::from(1 << 30),
+        _ => return Err("give a number of bytes such as 500M, 6G or 6GiB".to_owned()),
+    };
+    match digits.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok((number * unit) as u64),
+        _ => Err("give a number of bytes such as 500M, 6G or 6GiB".to_owned()),
     }
 }
 

@@ -62,7 +62,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         );
     }
     let context = Some(args.device.context().unwrap_or(args.chunk));
-    let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() });
+    let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     let add_bos = tokenizer.add_bos();
     let tokens = tokenizer.encode(&text, EncodeOptions { bos: add_bos, special: false });
     let bos = tokenizer.bos().filter(|_| add_bos);

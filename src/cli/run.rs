@@ -298,7 +298,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
 
     let mut session = match &args.prompt_cache {
         Some(file) if file.exists() => pair.load_session(file, &args.session_options())?,
-        _ => pair.session(&args.session_options()),
+        _ => pair.session(&args.session_options())?,
     };
     metering.listen_to(&mut session);
     let begun = metering.begin();

@@ -70,7 +70,7 @@ impl Failover {
         if self.moved || self.restored || !matches!(error, Error::DeviceLost { .. }) {
             return Err(error);
         }
-        let mut lm = self.standby.model(&error)?.session(&self.options);
+        let mut lm = self.standby.model(&error)?.session(&self.options)?;
         extend(&mut *lm, &self.line)?;
         let mut batch = Batch::new();
         for &(token, parent, _) in &self.tree {

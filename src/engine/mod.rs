@@ -2,10 +2,12 @@
 //!
 //! - `pipeline`: a program's stages one after another; `sequence`: one text's rows, and the [`Lm`] that decoders
 //!   see of it; `scheduler`: what sequences post, gathered into passes;
-//! - [`device`]: the devices that a model can be loaded to; `failover`: what happens when one is lost.
+//! - [`device`]: the devices that a model can be loaded to; `failover`: what happens when one is lost;
+//! - `memory`: what is needed, known before it is taken.
 
 pub mod device;
 mod failover;
+mod memory;
 mod pipeline;
 mod scheduler;
 mod sequence;
@@ -13,14 +15,17 @@ mod sequence;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::exec::{CacheType, Executor, place};
+use crate::exec::cpu::Cpu;
+use crate::exec::{CacheType, Executor, place, row_bytes};
 use crate::gguf::Gguf;
 use crate::graph::{KvShape, Program};
-use crate::lm::Lm;
+use crate::lm::{Lm, MAX_TREE};
 use crate::models;
 pub use device::Device;
 use device::OnGpu;
 use failover::{Failover, Standby};
+use memory::Reservation;
+pub use memory::{Budget, Size};
 use pipeline::Pipeline;
 use scheduler::Scheduler;
 use sequence::Handle;
@@ -62,6 +67,9 @@ pub struct Model {
     /// Where sessions go on if the device is lost.
     standby: Option<Arc<Standby>>,
     notes: Arc<Mutex<Vec<String>>>,
+    budget: Budget,
+    /// What weights and activations take.
+    _taken: Arc<Reservation>,
 }
 
 /// Told of loading: bytes done and bytes in all. Returning false stops it.
@@ -74,17 +82,31 @@ impl Model {
     /// The file's architecture, metadata or tensors do not do; the device has no room;
     /// [`Error::Cancelled`] if `progress` said so.
     pub fn load(file: Arc<Gguf>, device: &Device, progress: Progress<'_>) -> Result<Self> {
+        Self::load_within(file, device, &Budget::available(), progress)
+    }
+
+    /// The same within a budget. On the CPU a model whose packed weights would not fit runs from its file, which
+    /// is slower; a note says so.
+    ///
+    /// # Errors
+    /// As [`Model::load`]; [`Error::Memory`].
+    pub fn load_within(
+        file: Arc<Gguf>,
+        device: &Device,
+        budget: &Budget,
+        progress: Progress<'_>,
+    ) -> Result<Self> {
         let notes = Arc::default();
         let Device::Gpu(on_gpu) = device else {
-            return Self::load_on(file, device, notes, progress);
+            return Self::load_on(file, device, notes, budget, progress);
         };
-        match Self::load_on(file.clone(), device, notes, progress) {
+        match Self::load_on(file.clone(), device, notes, budget, progress) {
             Err(error @ (Error::Device { .. } | Error::DeviceLost { .. }))
                 if on_gpu.may_fall_back =>
             {
                 let cpu = Device::Cpu(on_gpu.cpu.clone());
                 let note = format!("{error}; runs on {} instead", cpu.describe());
-                Self::load_on(file, &cpu, Arc::new(Mutex::new(vec![note])), progress)
+                Self::load_on(file, &cpu, Arc::new(Mutex::new(vec![note])), budget, progress)
             }
             loaded => loaded,
         }
@@ -94,6 +116,7 @@ impl Model {
         file: Arc<Gguf>,
         device: &Device,
         notes: Arc<Mutex<Vec<String>>>,
+        budget: &Budget,
         progress: Progress<'_>,
     ) -> Result<Self> {
         let total: u64 = file.tensors().map(|t| t.bytes.len() as u64).sum();
@@ -106,12 +129,17 @@ impl Model {
         let layers = program.layers.len();
         let mut standby = None;
         let placement: place::Placement = match device {
-            Device::Cpu(cpu) => vec![(cpu.clone(), layers)],
+            Device::Cpu(cpu) => {
+                let (cpu, note) = packing_if_it_fits(cpu, &program, file.name(), budget);
+                notes.lock().unwrap_or_else(PoisonError::into_inner).extend(note);
+                vec![(cpu, layers)]
+            }
             Device::Gpu(OnGpu { gpu, cpu, layers: on_gpu, may_fall_back }) => {
                 if *may_fall_back {
-                    let (file, cpu) = (file.clone(), Device::Cpu(cpu.clone()));
+                    let (file, cpu, budget) =
+                        (file.clone(), Device::Cpu(cpu.clone()), budget.clone());
                     standby = Some(Arc::new(Standby::new(notes.clone(), move || {
-                        Model::load(file.clone(), &cpu, &mut |_, _| true)
+                        Model::load_within(file.clone(), &cpu, &budget, &mut |_, _| true)
                     })));
                 }
                 let on_gpu = on_gpu.unwrap_or(layers).min(layers);
@@ -121,32 +149,67 @@ impl Model {
             }
         };
         let shape = Arc::new(shape_of(&program));
+        let weights = weight_memory(&program, &placement)?;
+        let taken = budget.take(&[
+            (&format!("the weights of {}", file.name()), weights),
+            ("its activations", program.activation_bytes(MAX_TREE)),
+        ])?;
         let pipeline = Pipeline::load(program, placement, &mut loaded)?;
         let scheduler = Arc::new(Scheduler::new(pipeline));
         let digest = Arc::default();
-        Ok(Model { scheduler, shape, file, device: device.clone(), digest, standby, notes })
+        Ok(Model {
+            scheduler,
+            shape,
+            file,
+            device: device.clone(),
+            digest,
+            standby,
+            notes,
+            budget: budget.clone(),
+            _taken: Arc::new(taken),
+        })
     }
 
-    /// A new session with an empty cache.
-    pub fn session(&self, options: &SessionOptions) -> Box<dyn Lm> {
-        if let (Some(limit), Some(wanted)) = (self.shape().position_limit, options.context)
-            && wanted > limit
-        {
-            let note = format!(
+    /// A new session with an empty cache. Without [`SessionOptions::context`] it has the rows that the model was
+    /// trained for, or as many as memory holds.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is none for the context that was asked for.
+    pub fn session(&self, options: &SessionOptions) -> Result<Box<dyn Lm>> {
+        let limit = self.shape.position_limit.unwrap_or(usize::MAX);
+        if let Some(wanted) = options.context.filter(|wanted| *wanted > limit) {
+            self.note(format!(
                 "{} has {limit} learned positions; a context of {wanted} ends there",
                 self.file.name()
-            );
-            let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
-            if !notes.contains(&note) {
-                notes.push(note);
+            ));
+        }
+        let row = row_bytes(&self.shape.layers, options.cache_type) as u64;
+        let mut capacity = options.context.unwrap_or(self.shape.context).min(limit);
+        if let (None, Some(left)) = (options.context, self.budget.left()) {
+            // (Half of what is left, so that another session has room too.)
+            let fits = usize::try_from(left / 2 / row.max(1)).unwrap_or(usize::MAX);
+            if fits < capacity {
+                self.note(format!(
+                    "{} was trained for a context of {capacity}; memory holds {fits} rows of it",
+                    self.file.name()
+                ));
+                capacity = fits;
             }
         }
-        let capacity = options.context.unwrap_or(self.shape.context);
-        let capacity = capacity.min(self.shape.position_limit.unwrap_or(usize::MAX));
-        let session = Handle::new(self.scheduler.clone(), capacity, options.cache_type);
-        match &self.standby {
+        let what = format!("a context of {capacity} rows");
+        let taken = self.budget.take(&[(&what, row.saturating_mul(capacity as u64))])?;
+        let session = Handle::new(self.scheduler.clone(), capacity, options.cache_type, taken);
+        Ok(match &self.standby {
             None => Box::new(session),
             Some(standby) => Box::new(Failover::new(Box::new(session), standby.clone(), *options)),
+        })
+    }
+
+    /// Tells a person something, once.
+    fn note(&self, note: String) {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        if !notes.contains(&note) {
+            notes.push(note);
         }
     }
 
@@ -180,6 +243,37 @@ impl Model {
     pub fn shape(&self) -> &Shape {
         &self.shape
     }
+}
+
+/// A CPU that packs weights, if these then fit a budget; otherwise one that leaves them in their file, and a note
+/// that says so.
+fn packing_if_it_fits(
+    cpu: &Arc<Cpu>,
+    program: &Program,
+    file: &str,
+    budget: &Budget,
+) -> (Arc<Cpu>, Option<String>) {
+    let needed = cpu.weight_memory(program, 0..program.ops.len());
+    let needed = needed.saturating_add(program.activation_bytes(MAX_TREE));
+    match budget.left() {
+        Some(left) if cpu.repacks() && needed > left => {
+            let note = format!(
+                "{file} runs from its file, which is slower: packed it would take {}, and there are {}",
+                Size(needed),
+                Size(left)
+            );
+            (Arc::new(cpu.as_ref().clone().without_repacking()), Some(note))
+        }
+        _ => (cpu.clone(), None),
+    }
+}
+
+/// Bytes that the weights take in memory.
+fn weight_memory(program: &Program, placement: &place::Placement) -> Result<u64> {
+    let layers: Vec<_> = placement.iter().map(|(_, layers)| *layers).collect();
+    let ranges = place::cut(program, &layers)?;
+    let parts = placement.iter().zip(ranges);
+    Ok(parts.map(|((executor, _), ops)| executor.weight_memory(program, ops)).sum())
 }
 
 fn shape_of(program: &Program) -> Shape {

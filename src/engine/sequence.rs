@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::memory::Reservation;
 use super::scheduler::{Found, Post, Scheduler};
 use crate::error::{Error, Result};
 use crate::exec::{CacheType, KvCache};
@@ -24,14 +25,21 @@ pub(super) struct Handle {
     post: Box<Post>,
     capacity: usize,
     outputs: Outputs,
+    /// The memory of its cache.
+    _taken: Reservation,
 }
 
 impl Handle {
     /// An empty sequence of at most `capacity` rows.
-    pub fn new(scheduler: Arc<Scheduler>, capacity: usize, cache_type: CacheType) -> Self {
+    pub fn new(
+        scheduler: Arc<Scheduler>,
+        capacity: usize,
+        cache_type: CacheType,
+        taken: Reservation,
+    ) -> Self {
         let caches = scheduler.pipeline().caches(cache_type);
         let post = Post::of(Sequence { tree: Tree::default(), caches });
-        Handle { scheduler, post, capacity, outputs: Outputs::default() }
+        Handle { scheduler, post, capacity, outputs: Outputs::default(), _taken: taken }
     }
 
     fn tree(&self) -> &Tree {

@@ -116,7 +116,7 @@ impl Runner<'_> {
             };
             let mut request = self.request(arm, *task, 0);
             request.max_tokens = Some(16);
-            let mut session = self.pair.session(&self.options);
+            let mut session = self.pair.session(&self.options)?;
             let mut generation = session.generate(&self.tasks[*task].prompt, &request)?;
             generation.by_ref().try_for_each(|piece| piece.map(drop))?;
             if let (None, Some(costs)) = (&self.costs, &generation.settings().costs) {
@@ -151,7 +151,7 @@ impl Runner<'_> {
         observer: &mut dyn Observer,
     ) -> Result<Option<Outcome>> {
         let request = self.request(arm, task, repeat);
-        let mut session = self.pair.session(&self.options);
+        let mut session = self.pair.session(&self.options)?;
         observer.begins(&mut session);
         let mut generation = session.generate(&self.tasks[task].prompt, &request)?;
         let mut text = String::new();

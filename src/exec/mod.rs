@@ -114,6 +114,9 @@ pub trait Executor: Send + Sync {
     /// What runs: device and instruction set, for people.
     fn describe(&self) -> String;
 
+    /// Bytes of memory that [`Executor::load`] takes for the weights, beside the file's own pages.
+    fn weight_memory(&self, program: &Program, ops: Range<usize>) -> u64;
+
     /// Takes the weights that the operations `ops` of a program use.
     ///
     /// # Errors

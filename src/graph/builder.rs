@@ -112,6 +112,12 @@ impl Builder {
         BufferId(self.program.buffers.len() as u32 - 1)
     }
 
+    /// A buffer that is there already when the program begins: rows that somebody else writes. Inputs are the
+    /// first buffers of the finished program, in the order in which they were made.
+    pub fn input(&mut self, width: usize) -> BufferId {
+        self.buffer(width, RowSet::All)
+    }
+
     /// A buffer with the rows of another.
     fn like(&mut self, x: BufferId, width: usize) -> BufferId {
         let rows = self.rows(x);
@@ -366,6 +372,13 @@ fn share_buffers(program: &mut Program) {
     let mut shapes: Vec<BufferShape> = Vec::new();
     let mut free: Vec<u32> = Vec::new();
     let mut place: Vec<Option<u32>> = vec![None; program.buffers.len()];
+    // What is read before it is written has been there from the beginning.
+    let mut inputs = program.live_at(0);
+    inputs.sort_unstable();
+    for id in inputs {
+        shapes.push(program.buffers[id.index()]);
+        place[id.index()] = Some(shapes.len() as u32 - 1);
+    }
     for at in 0..program.ops.len() {
         // What this operation reads stays until all that it writes has a place of its own.
         program.ops[at].each_buffer(|id, _, _| {
@@ -389,4 +402,109 @@ fn share_buffers(program: &mut Program) {
     program.ops.iter_mut().for_each(|op| op.replace_buffers(slot));
     program.logits = slot(program.logits);
     program.buffers = shapes;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::{Gguf, Writer};
+    use crate::graph::RotaryPairs;
+    use crate::quant::BlockType;
+    use std::sync::Arc;
+
+    /// A matrix of zeros.
+    fn tensor(rows: usize, cols: usize) -> SharedTensor {
+        let mut writer = Writer::new();
+        let bytes = vec![0; 4 * rows * cols];
+        writer.tensor("w", &[cols as u64, rows as u64], BlockType::F32, bytes);
+        let file = Arc::new(Gguf::from_vec("test", writer.to_vec()).unwrap());
+        SharedTensor::find(&file, "w").unwrap()
+    }
+
+    const KV: KvShape = KvShape { heads: 1, head_dim: 8 };
+
+    fn attention() -> Attention {
+        Attention { scale: 1.0, window: None, soft_cap: None, sinks: None }
+    }
+
+    /// A small transformer; for each layer the buffers of its values.
+    fn transformer(layers: usize) -> (Program, Vec<BufferId>) {
+        let mut b = Builder::new("test", 10);
+        let table = b.table(tensor(5, 16));
+        let x = b.embed(table, 1.0).unwrap();
+        let mut values = Vec::new();
+        for _ in 0..layers {
+            let layer = b.begin_layer(KV);
+            let weight = b.vector(tensor(1, 16));
+            let normed = b.rms_norm(x, weight, 1e-5).unwrap();
+            let weights = [16, 8, 8].map(|rows| b.matrix(tensor(rows, 16), None).unwrap());
+            let qkv = b.linear(normed, weights).unwrap();
+            b.rope_append_kv(qkv, None, layer).unwrap();
+            let out = b.attend(qkv[0], layer, attention()).unwrap();
+            let weight = b.matrix(tensor(16, 16), None).unwrap();
+            b.linear_add(out, weight, x).unwrap();
+            values.extend([normed, qkv[0], qkv[1], qkv[2], out]);
+        }
+        let last = b.select_rows(x);
+        let weight = b.matrix(tensor(5, 16), None).unwrap();
+        let [logits] = b.linear(last, [weight]).unwrap();
+        (b.finish(logits).unwrap(), values)
+    }
+
+    #[test]
+    fn buffers_that_are_read_no_more_make_room_for_later_ones() {
+        let (one, _) = transformer(1);
+        let (many, values) = transformer(7);
+        assert_eq!(values.len(), 35);
+        // The residual stream, three or four rows at a time beside it, the wanted rows, the logits.
+        assert_eq!(one.buffers.len(), many.buffers.len());
+        assert!(many.buffers.len() <= 8, "{:?}", many.buffers);
+        assert_eq!(many.layer_starts.len(), 7);
+        // No operation writes what it still reads, or two things to one place.
+        for op in &many.ops {
+            let mut uses = Vec::new();
+            op.each_buffer(|id, _, _| uses.push(id));
+            let mut distinct = uses.clone();
+            distinct.sort_unstable();
+            distinct.dedup();
+            assert_eq!(uses.len(), distinct.len(), "{op:?}");
+        }
+    }
+
+    #[test]
+    fn a_cut_between_layers_hands_over_the_residual_stream_alone() {
+        let (program, _) = transformer(3);
+        let Op::Embed { out, .. } = program.ops[0] else { panic!("{:?}", program.ops[0]) };
+        for &start in &program.layer_starts {
+            assert_eq!(program.live_at(start), [out]);
+        }
+        assert_eq!(program.layers_of(program.layer_starts[1]..program.ops.len()), 1..3);
+        assert_eq!(program.layers_of(0..1), 0..0);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused_by_name() {
+        let mut b = Builder::new("a file", 10);
+        let x = b.input(16);
+        let layer = b.begin_layer(KV);
+        let narrow = b.matrix(tensor(4, 8), None).unwrap();
+        let error = b.linear(x, [narrow]).unwrap_err().to_string();
+        assert!(
+            error.contains("a file") && error.contains("`w` takes rows of 8, not of 16"),
+            "{error}"
+        );
+        let odd = b.vector(tensor(1, 5));
+        assert!(b.rms_norm(x, odd, 1e-5).is_err());
+        assert!(b.rope_append_kv([x, x, x], None, layer).is_err());
+        let [k, v] = [(); 2].map(|()| b.input(8));
+        b.rope_append_kv([x, k, v], None, layer).unwrap();
+        let rotary =
+            RotaryTable { pairs: RotaryPairs::Halves, frequencies: vec![1.0; 5], magnitude: 1.0 };
+        let rotary = b.rotary(rotary);
+        assert!(b.rope_append_kv([x, k, v], Some(rotary), layer).is_err());
+        assert!(b.linear_add(x, narrow, x).is_err());
+        assert!(b.gate(Gating::Activated(Activation::Silu), x, k).is_err());
+        assert!(b.matrix(tensor(4, 8), Some(tensor(1, 5))).is_err());
+        assert!(b.finish(x).is_err());
+    }
 }

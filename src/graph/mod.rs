@@ -527,6 +527,12 @@ impl Program {
         live
     }
 
+    /// Bytes of all buffers for a pass of so many rows, all of them with logits.
+    pub fn activation_bytes(&self, rows: usize) -> u64 {
+        let widths: usize = self.buffers.iter().map(|shape| shape.width).sum();
+        4 * (widths as u64).saturating_mul(rows as u64)
+    }
+
     /// The layers whose cache rows some operations use.
     pub fn layers_of(&self, ops: Range<usize>) -> Range<usize> {
         let mut layers = self.ops[ops].iter().filter_map(Op::layer);

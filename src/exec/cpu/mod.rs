@@ -35,7 +35,7 @@ use super::{Executor, Loaded};
 use crate::error::{Error, Result};
 use crate::exec;
 use crate::gguf::{SharedTensor, Tensor};
-use crate::graph::Program;
+use crate::graph::{Program, WeightUse};
 use panel::Panels;
 use pool::Pool;
 use stage::Stage;
@@ -95,6 +95,11 @@ impl Cpu {
         Cpu { repack: false, ..self }
     }
 
+    /// Whether weights are packed when they are loaded.
+    pub fn repacks(&self) -> bool {
+        self.repack
+    }
+
     /// The instruction set that runs.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -150,6 +155,19 @@ impl Executor for Cpu {
         };
         let repacking = if self.repack { "" } else { ", not repacked" };
         format!("cpu ({}, {threads}{repacking})", self.isa)
+    }
+
+    fn weight_memory(&self, program: &Program, ops: Range<usize>) -> u64 {
+        let bytes = |id| {
+            let weight = program.weight(id);
+            let view = weight.tensor.view();
+            match weight.used_as {
+                WeightUse::Matrix if self.repack => Panels::memory_of(&view),
+                WeightUse::Vector => 4 * view.rows * view.cols,
+                WeightUse::Matrix | WeightUse::Table => 0,
+            }
+        };
+        program.weights_of(ops).into_iter().map(|id| bytes(id) as u64).sum()
     }
 
     fn load(

@@ -105,6 +105,12 @@ impl Panels {
         Ok(Panels::new(tensor, scale_bytes, stride, Weights::Packed(data)))
     }
 
+    /// Bytes that a packed tensor takes; 0 if there is no kernel for its type.
+    pub fn memory_of(tensor: &Tensor<'_>) -> usize {
+        let stride = layout(tensor.block_type).map_or(0, |layout| layout.sizes(tensor).1);
+        tensor.rows.div_ceil(ROWS) * stride
+    }
+
     /// Leaves a tensor in its file.
     ///
     /// # Errors
