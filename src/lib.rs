@@ -50,15 +50,21 @@
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.
 
+#[cfg(feature = "cli")]
 pub mod bench;
+#[cfg(any(feature = "cli", feature = "gpu"))]
 mod cached;
+#[cfg(feature = "capi")]
 pub mod capi;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod convert;
 pub mod decode;
+#[cfg(feature = "meters")]
 pub mod energy;
 pub mod engine;
 pub mod error;
+#[cfg(feature = "eval")]
 pub mod eval;
 pub mod exec;
 pub mod generation;

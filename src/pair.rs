@@ -70,6 +70,7 @@ impl LoadOptions {
     pub fn draft_device(&self, target: &Device) -> Result<Device> {
         match (&self.draft_device, target) {
             (Some(name), _) if *name != self.device => Device::named(name, self.cpu()?, None),
+            #[cfg(feature = "gpu")]
             (_, Device::Gpu(on_gpu)) => {
                 Ok(Device::Gpu(crate::engine::device::OnGpu { layers: None, ..on_gpu.clone() }))
             }

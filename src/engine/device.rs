@@ -7,6 +7,9 @@ use serde_json::{Value as Json, json};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::exec::cpu::{Cpu, Isa};
+#[cfg(feature = "gpu")]
+use crate::exec::place::Placement;
+#[cfg(feature = "gpu")]
 use crate::exec::wgpu::{Adapter, Gpu};
 
 /// Where a model is loaded to. The only place that knows all executors.
@@ -15,10 +18,12 @@ pub enum Device {
     /// The CPU; models on one `Cpu` share its threads.
     Cpu(Arc<Cpu>),
     /// A GPU, with all or some of the model's layers.
+    #[cfg(feature = "gpu")]
     Gpu(OnGpu),
 }
 
 /// A GPU, and what stands beside it.
+#[cfg(feature = "gpu")]
 #[derive(Debug, Clone)]
 pub struct OnGpu {
     /// The GPU.
@@ -31,7 +36,27 @@ pub struct OnGpu {
     pub may_fall_back: bool,
 }
 
+#[cfg(feature = "gpu")]
+impl OnGpu {
+    /// Which layers of a model with so many run where.
+    pub(super) fn placement(&self, layers: usize) -> Placement {
+        let on_gpu = self.layers.unwrap_or(layers).min(layers);
+        let parts: [(Arc<dyn Executor>, usize); 2] =
+            [(self.cpu.clone(), layers - on_gpu), (self.gpu.clone(), on_gpu)];
+        parts.into_iter().filter(|(_, layers)| *layers > 0).collect()
+    }
+}
+
 impl Device {
+    /// Where a model goes on if this device has no room for it or is lost, if it may.
+    pub(super) fn fallback(&self) -> Option<Device> {
+        match self {
+            Device::Cpu(_) => None,
+            #[cfg(feature = "gpu")]
+            Device::Gpu(on_gpu) => on_gpu.may_fall_back.then(|| Device::Cpu(on_gpu.cpu.clone())),
+        }
+    }
+
     /// The device that a person means by `name`:
     ///
     /// - `cpu`;
@@ -49,6 +74,21 @@ impl Device {
         if name.eq_ignore_ascii_case("cpu") {
             return Ok(Device::Cpu(cpu));
         }
+        Self::gpu_named(name, auto, cpu, layers)
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    fn gpu_named(name: &str, auto: bool, cpu: Arc<Cpu>, _layers: Option<usize>) -> Result<Self> {
+        match auto {
+            true => Ok(Device::Cpu(cpu)),
+            false => Err(Error::invalid(format!(
+                "there is no device `{name}`: mtad was built without its feature `gpu`; there is `cpu`"
+            ))),
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn gpu_named(name: &str, auto: bool, cpu: Arc<Cpu>, layers: Option<usize>) -> Result<Self> {
         if auto && !Adapter::may_be_there() {
             return Ok(Device::Cpu(cpu));
         }
@@ -70,12 +110,17 @@ impl Device {
 
     /// Where `auto` runs a model, and why.
     pub fn auto_choice() -> (String, String) {
-        let adapters = if Adapter::may_be_there() { Adapter::all() } else { Vec::new() };
-        match Adapter::best(&adapters).map(|adapter| (adapter.name(), Gpu::open(adapter))) {
-            Some((name, Ok(_))) => (name.to_owned(), "it is the best GPU here".to_owned()),
-            Some((_, Err(error))) => ("cpu".to_owned(), error.to_string()),
-            None => ("cpu".to_owned(), "no GPU was found".to_owned()),
+        #[cfg(feature = "gpu")]
+        {
+            let adapters = if Adapter::may_be_there() { Adapter::all() } else { Vec::new() };
+            match Adapter::best(&adapters).map(|adapter| (adapter.name(), Gpu::open(adapter))) {
+                Some((name, Ok(_))) => (name.to_owned(), "it is the best GPU here".to_owned()),
+                Some((_, Err(error))) => ("cpu".to_owned(), error.to_string()),
+                None => ("cpu".to_owned(), "no GPU was found".to_owned()),
+            }
         }
+        #[cfg(not(feature = "gpu"))]
+        ("cpu".to_owned(), "mtad was built without its feature `gpu`".to_owned())
     }
 
     /// All devices, and where `auto` runs a model, as JSON: {"devices": [{"name", "description",
@@ -86,6 +131,7 @@ impl Device {
     pub fn all_as_json() -> Result<Json> {
         let cpu = Cpu::new(0)?;
         let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name);
+        #[allow(unused_mut)]
         let mut devices = vec![json!({
             "name": "cpu",
             "description": cpu.describe(),
@@ -93,6 +139,7 @@ impl Device {
             "instruction_sets": sets.collect::<Vec<_>>(),
             "threads": cpu.threads(),
         })];
+        #[cfg(feature = "gpu")]
         devices.extend(Adapter::all().iter().enumerate().map(|(i, gpu)| adapter_json(i, gpu)));
         let (auto, why) = Device::auto_choice();
         Ok(json!({"devices": devices, "auto": {"device": auto, "why": why}}))
@@ -102,7 +149,9 @@ impl Device {
     pub fn describe(&self) -> String {
         match self {
             Device::Cpu(cpu) => cpu.describe(),
+            #[cfg(feature = "gpu")]
             Device::Gpu(OnGpu { gpu, layers: None, .. }) => gpu.describe(),
+            #[cfg(feature = "gpu")]
             Device::Gpu(OnGpu { gpu, cpu, layers: Some(layers), .. }) => {
                 format!(
                     "the last {layers} layers on {}, others on {}",
@@ -114,6 +163,7 @@ impl Device {
     }
 }
 
+#[cfg(feature = "gpu")]
 fn adapter_json(i: usize, adapter: &Adapter) -> Json {
     let mut out = json!({
         "name": format!("gpu:{i}"),

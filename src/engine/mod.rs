@@ -11,6 +11,8 @@ mod memory;
 mod pipeline;
 mod scheduler;
 mod sequence;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -22,11 +24,11 @@ use crate::graph::{KvShape, Program};
 use crate::lm::{Lm, MAX_TREE};
 use crate::models;
 pub use device::Device;
-use device::OnGpu;
 use failover::{Failover, Standby};
 use memory::Reservation;
 pub use memory::{Budget, Size};
 use pipeline::Pipeline;
+pub use scheduler::PassCounts;
 use scheduler::Scheduler;
 use sequence::Handle;
 
@@ -96,20 +98,13 @@ impl Model {
         budget: &Budget,
         progress: Progress<'_>,
     ) -> Result<Self> {
-        let notes = Arc::default();
-        let Device::Gpu(on_gpu) = device else {
-            return Self::load_on(file, device, notes, budget, progress);
+        let error = match Self::load_on(file.clone(), device, Arc::default(), budget, progress) {
+            Err(error @ (Error::Device { .. } | Error::DeviceLost { .. })) => error,
+            loaded => return loaded,
         };
-        match Self::load_on(file.clone(), device, notes, budget, progress) {
-            Err(error @ (Error::Device { .. } | Error::DeviceLost { .. }))
-                if on_gpu.may_fall_back =>
-            {
-                let cpu = Device::Cpu(on_gpu.cpu.clone());
-                let note = format!("{error}; runs on {} instead", cpu.describe());
-                Self::load_on(file, &cpu, Arc::new(Mutex::new(vec![note])), budget, progress)
-            }
-            loaded => loaded,
-        }
+        let Some(fallback) = device.fallback() else { return Err(error) };
+        let note = format!("{error}; runs on {} instead", fallback.describe());
+        Self::load_on(file, &fallback, Arc::new(Mutex::new(vec![note])), budget, progress)
     }
 
     fn load_on(
@@ -127,26 +122,20 @@ impl Model {
         };
         let program = Arc::new(models::program(&file)?);
         let layers = program.layers.len();
-        let mut standby = None;
+        let standby = device.fallback().map(|fallback| {
+            let (file, budget) = (file.clone(), budget.clone());
+            Arc::new(Standby::new(notes.clone(), move || {
+                Model::load_within(file.clone(), &fallback, &budget, &mut |_, _| true)
+            }))
+        });
         let placement: place::Placement = match device {
             Device::Cpu(cpu) => {
                 let (cpu, note) = packing_if_it_fits(cpu, &program, file.name(), budget);
                 notes.lock().unwrap_or_else(PoisonError::into_inner).extend(note);
                 vec![(cpu, layers)]
             }
-            Device::Gpu(OnGpu { gpu, cpu, layers: on_gpu, may_fall_back }) => {
-                if *may_fall_back {
-                    let (file, cpu, budget) =
-                        (file.clone(), Device::Cpu(cpu.clone()), budget.clone());
-                    standby = Some(Arc::new(Standby::new(notes.clone(), move || {
-                        Model::load_within(file.clone(), &cpu, &budget, &mut |_, _| true)
-                    })));
-                }
-                let on_gpu = on_gpu.unwrap_or(layers).min(layers);
-                let parts: [(Arc<dyn Executor>, usize); 2] =
-                    [(cpu.clone(), layers - on_gpu), (gpu.clone(), on_gpu)];
-                parts.into_iter().filter(|(_, layers)| *layers > 0).collect()
-            }
+            #[cfg(feature = "gpu")]
+            Device::Gpu(on_gpu) => on_gpu.placement(layers),
         };
         let shape = Arc::new(shape_of(&program));
         let weights = weight_memory(&program, &placement)?;
@@ -211,6 +200,11 @@ impl Model {
         if !notes.contains(&note) {
             notes.push(note);
         }
+    }
+
+    /// The passes that its sessions have run so far.
+    pub fn pass_counts(&self) -> PassCounts {
+        self.scheduler.counts()
     }
 
     /// What runs it, for people.

@@ -83,6 +83,18 @@ struct State {
     expected: Vec<ThreadId>,
     /// Seconds of a pass, lately.
     pass_seconds: f64,
+    counts: PassCounts,
+}
+
+/// What an engine has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PassCounts {
+    /// Passes.
+    pub passes: u64,
+    /// What sequences posted: more than passes where they shared some.
+    pub posts: u64,
+    /// Rows of all passes.
+    pub rows: u64,
 }
 
 struct Queued {
@@ -98,7 +110,13 @@ impl State {
         }
     }
 
-    fn took(&mut self, time: Duration) {
+    /// Takes a pass down: how long it took, and its posts.
+    fn took<'a>(&mut self, time: Duration, posts: impl Iterator<Item = &'a Post>) {
+        self.counts.passes += 1;
+        for post in posts {
+            self.counts.posts += 1;
+            self.counts.rows += post.tokens.len() as u64;
+        }
         self.pass_seconds += 0.25 * (time.as_secs_f64() - self.pass_seconds);
     }
 
@@ -134,6 +152,11 @@ impl Scheduler {
         Scheduler { pipeline, state: Mutex::new(state), changed: Condvar::new() }
     }
 
+    /// What it has done so far.
+    pub fn counts(&self) -> PassCounts {
+        self.lock().counts
+    }
+
     pub fn pipeline(&self) -> &Pipeline {
         &self.pipeline
     }
@@ -164,7 +187,7 @@ impl Scheduler {
                 self.deliver(rows, post.top, workspace, &mut TopK::default(), sink)
             });
             let mut state = self.lock();
-            state.took(begun.elapsed());
+            state.took(begun.elapsed(), std::iter::once(&**post));
             state.workspace = Some(workspace);
             drop(state);
             self.changed.notify_all();
@@ -233,7 +256,7 @@ impl Scheduler {
             Ok(())
         });
         let mut state = self.lock();
-        state.took(begun.elapsed());
+        state.took(begun.elapsed(), queued.iter().map(|queued| &*queued.post));
         state.workspace = Some(workspace);
         for Queued { ticket, post, .. } in queued {
             let evaluated = match &evaluated {

@@ -10,6 +10,7 @@
 
 pub mod cpu;
 pub mod place;
+#[cfg(feature = "gpu")]
 pub mod wgpu;
 
 use std::any::Any;
@@ -220,6 +221,6 @@ pub trait KvCache: Any + Send {
 ///
 /// # Panics
 /// If another stage made it.
-fn own<T: Any>(any: &mut dyn Any) -> &mut T {
+pub(crate) fn own<T: Any>(any: &mut dyn Any) -> &mut T {
     any.downcast_mut().expect("a stage is given what it made")
 }

@@ -1,0 +1,176 @@
+//! Sequences that share passes: each gets the bits that it gets alone, on every device.
+
+mod common;
+
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+use mtad::engine::{Budget, Device, Model, SessionOptions};
+use mtad::exec::CacheType;
+use mtad::exec::cpu::{Cpu, Isa};
+use mtad::exec::wgpu::{Gpu, Variants};
+use mtad::gguf::Gguf;
+use mtad::lm::{Batch, Lm, MAX_TREE, Output, Row, Token, Want};
+
+use common::{adapter, shared, tiny_llama};
+
+/// Numbers that are the same each time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) % n as u64) as usize
+    }
+}
+
+/// What one user does: lines and trees of random lengths, of which paths are kept. Returns the bits of all that came
+/// back.
+fn script(lm: &mut dyn Lm, seed: u64, vocab_size: usize) -> Vec<u32> {
+    let mut random = Random(seed);
+    let mut bits = Vec::new();
+    for _ in 0..6 {
+        let len = 1 + random.below(if random.below(4) == 0 { 90 } else { 9 });
+        let listed: Vec<Token> = (0..3).map(|_| random.below(vocab_size) as Token).collect();
+        let mut batch = Batch::new();
+        for i in 0..len.min(MAX_TREE) {
+            let parent = match random.below(5) {
+                0 => random.below(i + 1).checked_sub(1),
+                _ => i.checked_sub(1),
+            };
+            // (All of a device's ways to answer.)
+            let want = match random.below(5) {
+                0 => Want::Nothing,
+                1 => Want::LogProbs { tokens: &listed, temperature: 0.7 },
+                2 => Want::Top { k: 5, temperature: Some(0.9) },
+                _ => Want::Logits,
+            };
+            let want =
+                if seed % 3 == 0 { Want::Top { k: 5, temperature: Some(0.9) } } else { want };
+            let token = random.below(vocab_size) as Token;
+            batch.push(token, parent.map(|p| Row(p as u32)), want);
+        }
+        let outputs = lm.eval(&batch).unwrap();
+        for i in 0..batch.len() {
+            match outputs.get(i) {
+                Output::Nothing => {}
+                Output::Logits(logits) => bits.extend(logits.iter().map(|x| x.to_bits())),
+                Output::Top { top, log_sum_exp } => {
+                    bits.extend(top.iter().flat_map(|(token, x)| [*token, x.to_bits()]));
+                    bits.extend(log_sum_exp.map(|x| x.to_bits() as u32));
+                }
+                Output::LogProbs(ps) => bits.extend(ps.iter().map(|p| p.to_bits() as u32)),
+            }
+        }
+        let tip = random.below(batch.len() + 1).checked_sub(1).map(|row| Row(row as u32));
+        lm.keep(tip).unwrap();
+        if random.below(4) == 0 {
+            lm.truncate(lm.committed() / 2).unwrap();
+        }
+    }
+    bits
+}
+
+fn check(file: &Arc<Gguf>, device: &Device, counts: &[usize]) {
+    let model = Model::load(file.clone(), device, &mut |_, _| true).unwrap();
+    let vocab_size = model.shape().vocab_size;
+    for cache_type in [CacheType::F16, CacheType::F32] {
+        let options = SessionOptions { context: Some(512), cache_type };
+        for &count in counts {
+            let seeds: Vec<u64> = (0..count).map(|i| (100 * count + i) as u64).collect();
+            let alone: Vec<_> = seeds
+                .iter()
+                .map(|&seed| script(&mut *model.session(&options).unwrap(), seed, vocab_size))
+                .collect();
+            let before = model.pass_counts();
+            let begin = Barrier::new(count);
+            let together: Vec<_> = thread::scope(|scope| {
+                let users: Vec<_> = seeds
+                    .iter()
+                    .map(|&seed| {
+                        let (model, options, begin) = (&model, &options, &begin);
+                        scope.spawn(move || {
+                            let mut lm = model.session(options).unwrap();
+                            begin.wait();
+                            script(&mut *lm, seed, vocab_size)
+                        })
+                    })
+                    .collect();
+                users.into_iter().map(|user| user.join().unwrap()).collect()
+            });
+            let after = model.pass_counts();
+            let what = format!("{count} sequences, {cache_type:?}, {}", model.describe());
+            for (i, (a, b)) in alone.iter().zip(&together).enumerate() {
+                assert!(a == b, "{what}: sequence {i} has other bits than alone");
+            }
+            let (passes, posts) = (after.passes - before.passes, after.posts - before.posts);
+            println!("{what}: {posts} posts in {passes} passes");
+            assert_eq!(posts, 6 * count as u64);
+            assert!(count == 1 || passes < posts, "{what}: no pass was shared");
+        }
+    }
+}
+
+#[test]
+fn sequences_have_their_own_bits_on_every_instruction_set() {
+    let mut files = vec![Arc::new(common::gguf(&tiny_llama()))];
+    if let Some(golden) = shared("vectors/golden/rand-gqa-Q4_K_M.gguf") {
+        files.push(Arc::new(Gguf::open(golden).unwrap()));
+    }
+    for file in files {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let device = Device::Cpu(Arc::new(Cpu::with_isa(2, isa).unwrap()));
+            check(&file, &device, &[1, 2, 3, 5, 8]);
+        }
+    }
+}
+
+#[test]
+fn sequences_have_their_own_bits_on_a_gpu() {
+    let Some(adapter) = adapter() else { return };
+    let file = Arc::new(common::gguf(&tiny_llama()));
+    for words in ["f32", "int8"] {
+        let gpu = Arc::new(Gpu::with(&adapter, Variants::parse(words).unwrap()).unwrap());
+        let cpu = Arc::new(Cpu::new(1).unwrap());
+        let on_gpu = mtad::engine::device::OnGpu { gpu, cpu, layers: None, may_fall_back: false };
+        check(&file, &Device::Gpu(on_gpu), &[1, 4]);
+    }
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused_with_the_sum() {
+    let file = Arc::new(common::gguf(&tiny_llama()));
+    let device = Device::Cpu(Arc::new(Cpu::new(1).unwrap()));
+    let load =
+        |bytes| Model::load_within(file.clone(), &device, &Budget::of(bytes), &mut |_, _| true);
+    // Nothing fits.
+    let error = load(1 << 10).err().unwrap().to_string();
+    for words in ["not enough memory", "activations", "there are 1 KiB"] {
+        assert!(error.contains(words), "{error}");
+    }
+    // Activations fit, packed weights do not: it runs from its file, and says so.
+    let activations = 4 * 128 * 2000;
+    let model = load(activations).unwrap();
+    let notes = model.take_notes();
+    assert!(notes.iter().any(|note| note.contains("runs from its file")), "{notes:?}");
+    assert!(model.describe().contains("not repacked"), "{}", model.describe());
+    // All fits, but not a cache as large as that.
+    let model = load(64 << 20).unwrap();
+    assert!(!model.describe().contains("not repacked"));
+    let options = SessionOptions { context: Some(1 << 24), ..SessionOptions::default() };
+    let error = model.session(&options).err().unwrap().to_string();
+    assert!(error.contains("a context of 16777216 rows"), "{error}");
+    // What was not asked for in so many rows becomes as many as there is room for.
+    let mut small = load(activations + (700 << 10)).unwrap();
+    let mut session = small.session(&SessionOptions::default()).unwrap();
+    assert!((1..=512).contains(&session.capacity()), "{}", session.capacity());
+    script(&mut *session, 1, 264);
+    drop(session);
+    // What ends gives its memory back.
+    small = load(64 << 20).unwrap();
+    let options = SessionOptions { context: Some(100_000), ..SessionOptions::default() };
+    for _ in 0..20 {
+        small.session(&options).unwrap();
+    }
+}
