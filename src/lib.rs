@@ -21,27 +21,31 @@
 //!
 //! # The map of the house
 //!
-//! Data flows one way: a file becomes weights on a backend, a prompt becomes tokens, rounds of a
-//! decoder turn tokens into more tokens, and those become text.
+//! Data flows one way: a file becomes a program, a program becomes weights on devices, a prompt becomes
+//! tokens, rounds of a decoder turn tokens into more tokens, and those become text. [`life_of_a_token`] follows one
+//! through the rooms.
 //!
 //! | module | what is there | may import |
 //! |---|---|---|
 //! | [`error`] | the one error type | nothing |
 //! | `cached` | files that can be made again: where they are kept | nothing |
+//! | [`lm`] | [`lm::Lm`]: what decoders see of a model, a committed line with a tree on it | `error` |
 //! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
 //! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
 //! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
-//! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `cached`, `quant`, `gguf` |
-//! | [`model`] | [`lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
+//! | [`graph`] | forward passes as values: operations over buffers and weights | `error`, `gguf` |
+//! | [`models`] | families of models: metadata and tensors to a program, one file each | `error`, `gguf`, `graph` |
+//! | [`exec`] | executors of programs: the CPU and GPUs | `error`, `cached`, `quant`, `gguf`, `graph`, `lm` |
+//! | [`engine`] | models that run: sequences, and the passes that they share; memory, failover | `error`, `gguf`, `graph`, `models`, `exec`, `lm` |
 //! | [`sampling`] | warping, distributions, draws | `error`, `lm` |
 //! | [`decode`] | one algorithm per file, over [`lm::Lm`] alone | `error`, `lm`, `sampling` |
-//! | [`energy`] | joules from real meters, by phase | `error` |
+//! | `energy` | joules from real meters, by phase | `error` |
 //! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
 //! | `saved` | sessions in files | all of the above |
-//! | [`capi`] | the same for C, and whatever speaks C: `include/mtad.h` | everything |
-//! | [`bench`](mod@bench) | timing passes against the machine's limits | everything |
-//! | [`eval`] | perplexity, tasks and their scores, strategies side by side | everything |
+//! | `capi` | the same for C, and whatever speaks C: `include/mtad.h` | everything |
+//! | `bench` | timing passes against the machine's limits | everything |
+//! | `eval` | perplexity, tasks and their scores, strategies side by side | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels, where shaders are compiled
@@ -49,6 +53,9 @@
 //!
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.
+
+#[doc = include_str!("../docs/life-of-a-token.md")]
+pub mod life_of_a_token {}
 
 #[cfg(feature = "cli")]
 pub mod bench;

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::engine::Cpu;
 use crate::engine::{Budget, Device, Model, SessionOptions};
 use crate::error::{Error, Result};
-use crate::exec::cpu::Cpu;
 use crate::generation::Session;
 use crate::gguf::Gguf;
 use crate::tokenizer::Tokenizer;

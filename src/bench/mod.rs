@@ -11,10 +11,10 @@ use std::time::Instant;
 
 pub use synthetic::Synthetic;
 
+use crate::engine::{Cpu, Readable};
 use crate::engine::{Device, Model, SessionOptions};
+use crate::engine::{Gpu, KernelTimes};
 use crate::error::{Error, Result};
-use crate::exec::cpu::{Cpu, Readable};
-use crate::exec::wgpu::{Gpu, KernelTimes};
 use crate::lm::{Batch, Lm, MAX_TREE, Row, Token, Want, extend};
 
 /// Rows in the cache while passes are timed.

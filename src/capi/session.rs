@@ -12,9 +12,9 @@ use super::status::{Failure, Fate, Outcome, call, mtad_status, on, report};
 use super::types::*;
 use crate::decode::Phase;
 use crate::energy::{Found, Recorder, Sources};
+use crate::engine::CacheType;
 use crate::engine::SessionOptions;
 use crate::error::Error;
-use crate::exec::CacheType;
 use crate::generation::Session;
 
 /// A text in the making, with its caches. One thread at a time may use it.

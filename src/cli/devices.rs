@@ -9,10 +9,10 @@ use super::metering::{info_json, sources, unavailable_json};
 use super::print_line;
 use crate::energy::{Discovery, Found};
 use crate::engine::Device;
+use crate::engine::Executor;
+use crate::engine::{Adapter, Gpu};
+use crate::engine::{Cpu, Isa};
 use crate::error::Result;
-use crate::exec::Executor;
-use crate::exec::cpu::{Cpu, Isa};
-use crate::exec::wgpu::{Adapter, Gpu};
 
 /// Show the devices that models can run on
 #[derive(Debug, Args)]

@@ -15,9 +15,9 @@ use super::{
     DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text, stdout_error,
 };
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
+use crate::engine::CacheType;
 use crate::engine::{Device, SessionOptions};
 use crate::error::{Error, Result};
-use crate::exec::CacheType;
 use crate::generation::{Generation, Request, StopReason};
 use crate::pair::{LoadOptions, Pair};
 use crate::sampling::Warp;

@@ -17,8 +17,11 @@ mod tests;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::exec::cpu::Cpu;
-use crate::exec::{CacheType, Executor, place, row_bytes};
+pub use crate::exec::cpu::{Cpu, Isa, Readable};
+#[cfg(feature = "gpu")]
+pub use crate::exec::wgpu::{Adapter, Gpu, KernelTimes};
+pub use crate::exec::{CacheType, Executor};
+use crate::exec::{place, row_bytes};
 use crate::gguf::Gguf;
 use crate::graph::{KvShape, Program};
 use crate::lm::{Lm, MAX_TREE};

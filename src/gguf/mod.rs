@@ -403,14 +403,14 @@ impl Gguf {
             put(tensor.block_type.to_string().as_bytes());
             info.dims.iter().for_each(|dim| put(&dim.to_le_bytes()));
             put(tensor.bytes);
-            // A backend has its own form of most of it.
+            // An executor has its own form of most of it.
             self.release(&tensor);
         }
         hash.digest128()
     }
 
-    /// Tells the system that a tensor's mapped pages are not needed soon, so that a weight that a
-    /// backend has copied does not count twice in memory. Reading it again reads the file again.
+    /// Tells the system that a tensor's mapped pages are not needed soon, so that a weight that an
+    /// executor has copied does not count twice in memory. Reading it again reads the file again.
     pub fn release(&self, tensor: &Tensor<'_>) {
         self.release_bytes(tensor.bytes);
     }
@@ -425,7 +425,7 @@ impl Gguf {
     }
 }
 
-/// A tensor, or some of its rows, that keeps its file open: what a backend holds to weights that it does not
+/// A tensor, or some of its rows, that keeps its file open: what an executor holds to weights that it does not
 /// copy.
 #[derive(Debug, Clone)]
 pub struct SharedTensor {
