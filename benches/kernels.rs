@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use mtad::backend::cpu::{Buffer, Cpu};
-use mtad::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
+use mtad::exec::cpu::{Buffer, Cpu};
+use mtad::exec::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
 use mtad::gguf::{Gguf, SharedTensor, Writer};
 use mtad::quant::BlockType;
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use mtad::decode::{CostTable, Decoding, Models, Settings, Strategy};
-use mtad::model::table::TableLm;
+use mtad::lm::table::TableLm;
 use mtad::sampling::{Rng, Warp};
 use mtad::{Error, Result};
 use serde::{Deserialize, Serialize};

@@ -130,6 +130,8 @@ enum mtad_status
   MTAD_ERROR_UNAVAILABLE = -14,
   // A fault of the library. The handle does nothing any more but say so; free it.
   MTAD_ERROR_PANIC = -15,
+  // There is not as much memory as is needed.
+  MTAD_ERROR_MEMORY = -16,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

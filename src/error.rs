@@ -50,6 +50,14 @@ pub enum Error {
         /// Rows that the session may hold.
         capacity: usize,
     },
+    /// There is not as much memory.
+    #[error("{bytes} bytes of memory are needed for {what}, which are not to be had")]
+    Memory {
+        /// What it is for.
+        what: String,
+        /// How many bytes.
+        bytes: u64,
+    },
     /// The device went away in the middle of work. The tokens so far are still valid.
     #[error("device {device} was lost: {reason}")]
     DeviceLost {
@@ -75,6 +83,25 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// The same error for somebody else who waited for what failed.
+    pub(crate) fn for_another(&self) -> Self {
+        match self {
+            Error::DeviceLost { device, reason } => {
+                Error::DeviceLost { device: device.clone(), reason: reason.clone() }
+            }
+            Error::Device { device, what } => {
+                Error::Device { device: device.clone(), what: what.clone() }
+            }
+            Error::Memory { what, bytes } => Error::no_memory(what, *bytes),
+            other => Error::Invalid(other.to_string()),
+        }
+    }
+
+    /// An [`Error::Memory`].
+    pub(crate) fn no_memory(what: impl Into<String>, bytes: u64) -> Self {
+        Error::Memory { what: what.into(), bytes }
+    }
+
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl Into<String>, source: io::Error) -> Self {
         Error::Io { path: path.into(), source }

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Prefill};
 use crate::decode::{Settings, Statistics, Strategy};
+use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
-use crate::model::SessionOptions;
-use crate::model::lm::{Batch, Lm, Output, Row, Token, Want, extend};
+use crate::lm::{Batch, Lm, Output, Row, Token, Want, extend};
 use crate::pair::Pair;
 use crate::sampling::RngState;
 use crate::tokenizer::{EncodeOptions, StreamDecoder};

@@ -33,9 +33,9 @@
 //! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
 //! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `cached`, `quant`, `gguf` |
-//! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
-//! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
-//! | [`decode`] | one algorithm per file, over [`model::lm::Lm`] alone | `error`, `model::lm`, `sampling` |
+//! | [`model`] | [`lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
+//! | [`sampling`] | warping, distributions, draws | `error`, `lm` |
+//! | [`decode`] | one algorithm per file, over [`lm::Lm`] alone | `error`, `lm`, `sampling` |
 //! | [`energy`] | joules from real meters, by phase | `error` |
 //! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
 //! | `saved` | sessions in files | all of the above |
@@ -50,7 +50,6 @@
 //! GGUF headers are read by a bounded reader of our own (see [`gguf`]); the crate `gguf-rs`
 //! cross-checks it in the tests.
 
-pub mod backend;
 pub mod bench;
 mod cached;
 pub mod capi;
@@ -58,11 +57,15 @@ pub mod cli;
 pub mod convert;
 pub mod decode;
 pub mod energy;
+pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod exec;
 pub mod generation;
 pub mod gguf;
-pub mod model;
+pub mod graph;
+pub mod lm;
+pub mod models;
 pub mod pair;
 pub mod quant;
 pub mod sampling;
@@ -70,8 +73,8 @@ mod saved;
 pub mod tokenizer;
 
 pub use decode::{Settings, Strategy};
+pub use engine::SessionOptions;
 pub use error::{Error, Result};
 pub use generation::{Generation, Piece, Request, Session, StopReason};
-pub use model::SessionOptions;
 pub use pair::{LoadOptions, Pair};
 pub use sampling::Warp;

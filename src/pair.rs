@@ -4,11 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::cpu::Cpu;
+use crate::engine::{Device, Model, SessionOptions};
 use crate::error::{Error, Result};
+use crate::exec::cpu::Cpu;
 use crate::generation::Session;
 use crate::gguf::Gguf;
-use crate::model::{Device, Model, SessionOptions};
 use crate::tokenizer::Tokenizer;
 
 /// How a pair is loaded.
@@ -63,7 +63,7 @@ impl LoadOptions {
         match (&self.draft_device, target) {
             (Some(name), _) if *name != self.device => Device::named(name, self.cpu()?, None),
             (_, Device::Gpu(on_gpu)) => {
-                Ok(Device::Gpu(crate::model::device::OnGpu { layers: None, ..on_gpu.clone() }))
+                Ok(Device::Gpu(crate::engine::device::OnGpu { layers: None, ..on_gpu.clone() }))
             }
             (_, Device::Cpu(_)) => Ok(target.clone()),
         }

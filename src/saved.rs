@@ -24,10 +24,10 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::generation::{Ahead, Session, Snapshot};
-use crate::model::lm::{Lm, MAX_TREE};
-use crate::model::{Model, SessionOptions};
+use crate::lm::{Lm, MAX_TREE};
 use crate::pair::Pair;
 use crate::sampling::RngState;
 

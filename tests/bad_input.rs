@@ -7,10 +7,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use common::{sentencepiece, tiny_llama};
-use mtad::backend::cpu::{Cpu, Isa};
+use mtad::engine::{Device, Model, SessionOptions};
+use mtad::exec::cpu::{Cpu, Isa};
 use mtad::gguf::{Gguf, OwnedValue, Writer};
-use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Device, Model, SessionOptions};
+use mtad::lm::{Batch, Row, Want};
 use mtad::quant::BlockType;
 use mtad::tokenizer::Tokenizer;
 use mtad::{Error, LoadOptions, Pair};

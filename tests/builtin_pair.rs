@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use mtad::backend::cpu::{Cpu, Isa};
-use mtad::model::lm::{Batch, Row, Token, Want, extend};
-use mtad::model::{Device, Model};
+use mtad::engine::{Device, Model};
+use mtad::exec::cpu::{Cpu, Isa};
+use mtad::lm::{Batch, Row, Token, Want, extend};
 use mtad::pair::builtin_file;
 use mtad::{LoadOptions, Pair, Request, Session, SessionOptions, Settings, Strategy, Warp};
 

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
-use mtad::backend::cpu::Cpu;
 use mtad::convert::convert;
+use mtad::engine::{Device, Model};
+use mtad::exec::cpu::Cpu;
 use mtad::gguf::{Gguf, Value as Metadata};
-use mtad::model::{Device, Model};
 use mtad::quant::BlockType;
 use serde_json::{Value, json};
 use tempfile::TempDir;

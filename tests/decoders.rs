@@ -11,8 +11,8 @@ mod table_model;
 use std::sync::Arc;
 
 use mtad::decode::{Block, CostTable, Decoding, Models, Phase, Settings, Strategy};
-use mtad::model::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token};
-use mtad::model::table::TableLm;
+use mtad::lm::table::TableLm;
+use mtad::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token};
 use mtad::sampling::{Rng, Warp};
 use mtad::{Error, Result};
 
@@ -1161,7 +1161,7 @@ fn virtual_seconds(
         } else {
             // What the last draft had evaluated, this one has, too.
             let line = &decoding.text()[..decoding.text().len() - 1];
-            mtad::model::lm::extend(&mut draft, line).unwrap();
+            mtad::lm::extend(&mut draft, line).unwrap();
         }
         (target.clock, draft.clock) = (0.0, 0.0);
         let until = tokens * (i + 1);

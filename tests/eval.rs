@@ -6,9 +6,9 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use mtad::engine::{Model, SessionOptions};
 use mtad::eval::perplexity::perplexity;
-use mtad::model::lm::{Batch, Row, Want, log_sum_exp};
-use mtad::model::{Model, SessionOptions};
+use mtad::lm::{Batch, Row, Want, log_sum_exp};
 use mtad::{LoadOptions, Pair};
 use serde_json::Value;
 

@@ -6,10 +6,10 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use mtad::backend::CacheType;
+use mtad::engine::{Model, SessionOptions};
+use mtad::exec::CacheType;
 use mtad::gguf::{Gguf, Writer};
-use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Model, SessionOptions};
+use mtad::lm::{Batch, Row, Want};
 use mtad::quant::BlockType;
 
 use common::{devices, nmse};

@@ -4,11 +4,11 @@ mod common;
 
 use std::sync::Arc;
 
-use mtad::backend::CacheType;
-use mtad::backend::cpu::{Cpu, Isa};
+use mtad::engine::{Device, Model, SessionOptions};
+use mtad::exec::CacheType;
+use mtad::exec::cpu::{Cpu, Isa};
 use mtad::gguf::Gguf;
-use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Device, Model, SessionOptions};
+use mtad::lm::{Batch, Row, Want};
 
 use common::{logits, nmse, read_npy, shared};
 

@@ -11,12 +11,12 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
-use mtad::backend::cpu::Cpu;
-use mtad::backend::gpu::{Gpu, Variants};
+use mtad::engine::device::OnGpu;
+use mtad::engine::{Device, Model, SessionOptions};
+use mtad::exec::cpu::Cpu;
+use mtad::exec::wgpu::{Gpu, Variants};
 use mtad::gguf::Gguf;
-use mtad::model::device::OnGpu;
-use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Device, Model, SessionOptions};
+use mtad::lm::{Batch, Row, Want};
 use mtad::pair::builtin_file;
 use mtad::{Error, Pair, Request, Settings, Strategy, Warp};
 

@@ -14,8 +14,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tokenizer", &["error", "gguf"]),
     ("backend", &["error", "cached", "quant", "gguf", "backend"]),
     ("model", &["error", "quant", "gguf", "backend", "model"]),
-    ("sampling", &["error", "model::lm", "sampling"]),
-    ("decode", &["error", "model::lm", "sampling", "decode"]),
+    ("sampling", &["error", "lm", "sampling"]),
+    ("decode", &["error", "lm", "sampling", "decode"]),
     ("energy", &["error", "energy"]),
 ];
 

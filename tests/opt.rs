@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use mtad::convert::convert;
 use mtad::decode::{CostTable, Decoding, Models, Settings, Strategy};
+use mtad::engine::{Device, Model, SessionOptions};
 use mtad::gguf::Gguf;
 use mtad::gguf::quantize::{Options, quantize};
-use mtad::model::lm::Token;
-use mtad::model::{Device, Model, SessionOptions};
+use mtad::lm::Token;
 use mtad::quant::BlockType;
 use mtad::{Error, Warp};
 use tempfile::TempDir;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use mtad::decode::{CostTable, Decoding, Models, Settings, Strategy};
-use mtad::model::lm::{Batch, Lm, MAX_TREE, Row, Token, Want};
+use mtad::lm::{Batch, Lm, MAX_TREE, Row, Token, Want};
 use mtad::{LoadOptions, Pair, Request, SessionOptions, StopReason, Warp};
 
 fn pair() -> Pair {

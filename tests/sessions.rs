@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use mtad::backend::CacheType;
+use mtad::exec::CacheType;
 use mtad::{
     Error, LoadOptions, Pair, Piece, Request, Session, SessionOptions, Settings, StopReason,
     Strategy,

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
-use mtad::backend::cpu::Cpu;
+use mtad::engine::{Device, Model};
+use mtad::exec::cpu::Cpu;
 use mtad::gguf::{Gguf, OwnedValue, ValueType, Writer};
-use mtad::model::{Device, Model};
 use mtad::{Error, quant::BlockType};
 
 use common::{logits, tiny_llama};

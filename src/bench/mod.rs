@@ -11,11 +11,11 @@ use std::time::Instant;
 
 pub use synthetic::Synthetic;
 
-use crate::backend::cpu::{Cpu, Readable};
-use crate::backend::gpu::{Gpu, KernelTimes};
+use crate::engine::{Device, Model, SessionOptions};
 use crate::error::{Error, Result};
-use crate::model::lm::{Batch, Lm, MAX_TREE, Row, Token, Want, extend};
-use crate::model::{Device, Model, SessionOptions};
+use crate::exec::cpu::{Cpu, Readable};
+use crate::exec::wgpu::{Gpu, KernelTimes};
+use crate::lm::{Batch, Lm, MAX_TREE, Row, Token, Want, extend};
 
 /// Rows in the cache while passes are timed.
 const CACHED: usize = 128;

@@ -7,9 +7,9 @@ use super::memory;
 use super::status::mtad_status::*;
 use super::status::{Failure, Fate, Outcome, call, call_reporting, mtad_status, on, report};
 use super::types::*;
+use crate::engine::Device;
 use crate::error::Error;
 use crate::gguf::Gguf;
-use crate::model::Device;
 use crate::pair::{LoadOptions, Pair, builtin_file};
 use crate::tokenizer::EncodeOptions;
 

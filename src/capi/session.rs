@@ -10,12 +10,12 @@ use super::pair::{Log, mtad_pair, unknown_flags};
 use super::status::mtad_status::*;
 use super::status::{Failure, Fate, Outcome, call, mtad_status, on, report};
 use super::types::*;
-use crate::backend::CacheType;
 use crate::decode::Phase;
 use crate::energy::{Found, Recorder, Sources};
+use crate::engine::SessionOptions;
 use crate::error::Error;
+use crate::exec::CacheType;
 use crate::generation::Session;
-use crate::model::SessionOptions;
 
 /// A text in the making, with its caches. One thread at a time may use it.
 #[allow(non_camel_case_types)]

@@ -49,6 +49,8 @@ pub enum mtad_status {
     MTAD_ERROR_UNAVAILABLE = -14,
     /// A fault of the library. The handle does nothing any more but say so; free it.
     MTAD_ERROR_PANIC = -15,
+    /// There is not as much memory as is needed.
+    MTAD_ERROR_MEMORY = -16,
 }
 
 use mtad_status::*;
@@ -78,6 +80,7 @@ impl From<Error> for Failure {
             Error::Vocabulary(_) => MTAD_ERROR_VOCABULARY,
             Error::ContextFull { .. } => MTAD_ERROR_CONTEXT,
             Error::Device { .. } | Error::DeviceLost { .. } => MTAD_ERROR_DEVICE,
+            Error::Memory { .. } => MTAD_ERROR_MEMORY,
             Error::Cancelled => MTAD_ERROR_CANCELLED,
         };
         Failure::new(status, error.to_string())

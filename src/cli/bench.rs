@@ -12,9 +12,9 @@ use super::metering::{MeterArgs, Metering, Work};
 use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
+use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::model::Model;
 
 /// Time passes over a model, and compare them with what the machine can do at most
 ///

@@ -7,12 +7,12 @@ use serde_json::Value as Json;
 
 use super::metering::{info_json, sources, unavailable_json};
 use super::print_line;
-use crate::backend::Backend;
-use crate::backend::cpu::{Cpu, Isa};
-use crate::backend::gpu::{Adapter, Gpu};
 use crate::energy::{Discovery, Found};
+use crate::engine::Device;
 use crate::error::Result;
-use crate::model::Device;
+use crate::exec::Executor;
+use crate::exec::cpu::{Cpu, Isa};
+use crate::exec::wgpu::{Adapter, Gpu};
 
 /// Show the devices that models can run on
 #[derive(Debug, Args)]

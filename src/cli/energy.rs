@@ -13,9 +13,9 @@ use super::metering::{Measured, Metering, PHASES, Work};
 use super::run::{RunArgs, clock_seed, watch_for_interrupts};
 use super::{print_line, print_notes, read_text, table};
 use crate::decode::Strategy;
+use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
 use crate::generation::Request;
-use crate::model::SessionOptions;
 use crate::pair::Pair;
 
 /// Measure joules per token, by phase, of strategies side by side

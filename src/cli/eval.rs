@@ -13,13 +13,13 @@ use super::metering::{MeterArgs, Metering, Work};
 use super::run::{load_pair, watch_for_interrupts};
 use super::{DeviceArgs, cost_tables, print_line, print_notes, progress_bar, table};
 use crate::decode::{Settings, Strategy};
+use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
 use crate::eval::report::Report;
 use crate::eval::{
     Arm, Grid, Journal, Observer, Runner, Task, TaskSet, cool, fingerprint, summarize,
 };
 use crate::generation::{Generation, Session};
-use crate::model::SessionOptions;
 use crate::pair::{LoadOptions, Pair, builtin_questions};
 use crate::sampling::Warp;
 use crate::tokenizer::EncodeOptions;
@@ -309,7 +309,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let energy = joules(watch, &mut runner.journal)?;
 
     let row = |arm: &Arm| summarize(arm, &runner.tasks, runner.outcomes());
-    let name = |model: &crate::model::Model| model.file().name().to_owned();
+    let name = |model: &crate::engine::Model| model.file().name().to_owned();
     let report = Report {
         target: name(pair.target()),
         draft: pair.draft().map(name),

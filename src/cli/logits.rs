@@ -8,9 +8,9 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{DeviceArgs, loading_bar, open_model, print_notes};
+use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
-use crate::model::lm::{Batch, MAX_TREE, Row, Want};
-use crate::model::{Model, SessionOptions};
+use crate::lm::{Batch, MAX_TREE, Row, Want};
 
 /// Write the logits after each of some tokens to a numpy file
 ///

@@ -12,9 +12,9 @@ use super::run::watch_for_interrupts;
 use super::{
     DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar, read_text,
 };
+use crate::engine::{Model, SessionOptions};
 use crate::error::Result;
 use crate::eval::perplexity::perplexity as measure;
-use crate::model::{Model, SessionOptions};
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
 /// Measure the perplexity of a text under a model, as llama-perplexity defines it

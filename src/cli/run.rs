@@ -14,11 +14,11 @@ use super::metering::{Measured, MeterArgs, Work};
 use super::{
     DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text, stdout_error,
 };
-use crate::backend::CacheType;
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
+use crate::engine::{Device, SessionOptions};
 use crate::error::{Error, Result};
+use crate::exec::CacheType;
 use crate::generation::{Generation, Request, StopReason};
-use crate::model::{Device, SessionOptions};
 use crate::pair::{LoadOptions, Pair};
 use crate::sampling::Warp;
 

@@ -10,7 +10,7 @@
 use super::beams::{Beam, Beams, Sampling};
 use super::{Algorithm, Block, Kept, Phase, Round};
 use crate::error::Result;
-use crate::model::lm::{MAX_TREE, Token};
+use crate::lm::{MAX_TREE, Token};
 
 /// Beam sampling by the target.
 #[derive(Debug, Default)]

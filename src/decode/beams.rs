@@ -6,7 +6,7 @@
 
 use super::{Settings, eval_after, want};
 use crate::error::Result;
-use crate::model::lm::{Batch, Lm, Outputs, Row, Token};
+use crate::lm::{Batch, Lm, Outputs, Row, Token};
 use crate::sampling::{Distribution, Path, Removed, Rng, Warp, pick, unwarped_log_prob};
 
 /// A token that a beam was extended by.

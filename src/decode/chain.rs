@@ -4,7 +4,7 @@
 
 use super::{Block, Kept, Phase, Round, draft_of, eval_chain, verify_chain, want};
 use crate::error::Result;
-use crate::model::lm::{Batch, Row, Token};
+use crate::lm::{Batch, Row, Token};
 use crate::sampling::{Distribution, Path, Rng};
 
 /// Drafted tokens and what they were drawn from.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{Models, want};
 use crate::error::{Error, Result};
-use crate::model::lm::{Batch, Lm, MAX_TREE, Row, Token};
+use crate::lm::{Batch, Lm, MAX_TREE, Row, Token};
 use crate::sampling::{Distribution, Path, Rng, Warp};
 
 /// Seconds that a pass takes, by its rows, with making probabilities of what it returns.

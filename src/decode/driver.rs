@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
 use super::{Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result};
-use crate::model::lm::{Lm, Token, extend};
+use crate::lm::{Lm, Token, extend};
 use crate::sampling::{Rng, RngState};
 
 /// A text that grows by blocks.

@@ -21,7 +21,7 @@
 use super::beams::{Beams, Sampling};
 use super::{Algorithm, Block, Kept, Phase, Round, Rows, draft_of, verify_nodes};
 use crate::error::Result;
-use crate::model::lm::Token;
+use crate::lm::Token;
 use crate::sampling::{Distribution, Path, Removed, pick};
 
 /// How likely a layer's width must be to be accepted.
@@ -216,11 +216,7 @@ impl Layer {
     fn fill<'a>(
         &mut self,
         rows: &Rows<'a>,
-        mut fill: impl FnMut(
-            Option<usize>,
-            &mut Distribution,
-            crate::model::lm::Output<'a>,
-        ) -> Result<()>,
+        mut fill: impl FnMut(Option<usize>, &mut Distribution, crate::lm::Output<'a>) -> Result<()>,
     ) -> Result<()> {
         let count = self.before.len();
         self.p.resize_with(count.max(self.p.len()), Distribution::default);

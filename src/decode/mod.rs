@@ -49,7 +49,7 @@ pub use timeline::{Listener, Phase, Timeline};
 pub use typical::Typical;
 
 use crate::error::{Error, Result};
-use crate::model::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
+use crate::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
 use crate::sampling::{Rng, Warp, unwarped_log_prob};
 
 /// How tokens are chosen.

@@ -9,7 +9,7 @@
 use super::beams::{Beams, Sampling};
 use super::{Algorithm, Block, Kept, Phase, Round, draft_of, verify_chain};
 use crate::error::Result;
-use crate::model::lm::Token;
+use crate::lm::Token;
 use crate::sampling::{Distribution, Path};
 
 /// MTAD, verifying one chain of drafted tokens.

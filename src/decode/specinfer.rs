@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::{Algorithm, Block, Kept, Phase, Round, draft_of, eval_chain, verify_nodes, want};
 use crate::error::Result;
-use crate::model::lm::{Batch, Row, Token};
+use crate::lm::{Batch, Row, Token};
 use crate::sampling::{Distribution, Path, Removed, Rng};
 
 /// Speculative sampling with a tree of candidates.

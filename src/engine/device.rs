@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
 
-use crate::backend::Backend;
-use crate::backend::cpu::{Cpu, Isa};
-use crate::backend::gpu::{Adapter, Gpu};
 use crate::error::{Error, Result};
+use crate::exec::Executor;
+use crate::exec::cpu::{Cpu, Isa};
+use crate::exec::wgpu::{Adapter, Gpu};
 
-/// Where a model is loaded to. The only place that knows all backends.
+/// Where a model is loaded to. The only place that knows all executors.
 #[derive(Debug, Clone)]
 pub enum Device {
     /// The CPU; models on one `Cpu` share its threads.

@@ -3,24 +3,24 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::lm::{Batch, Lm, Outputs, Row, Token, Want, extend};
-use super::tree::rows_of;
 use super::{Model, SessionOptions};
 use crate::error::{Error, Result};
+use crate::lm::tree::rows_of;
+use crate::lm::{Batch, Lm, Outputs, Row, Token, Want, extend};
 
 /// Another place for a model, which is loaded there when it is needed.
-pub(super) struct Spare {
+pub(super) struct Standby {
     load: Box<dyn Fn() -> Result<Model> + Send + Sync>,
     loaded: Mutex<Option<Model>>,
     notes: Arc<Mutex<Vec<String>>>,
 }
 
-impl Spare {
+impl Standby {
     pub fn new(
         notes: Arc<Mutex<Vec<String>>>,
         load: impl Fn() -> Result<Model> + Send + Sync + 'static,
     ) -> Self {
-        Spare { load: Box::new(load), loaded: Mutex::default(), notes }
+        Standby { load: Box::new(load), loaded: Mutex::default(), notes }
     }
 
     /// The model, and a note of why it is there.
@@ -37,11 +37,11 @@ impl Spare {
 }
 
 /// A session that outlives its device.
-pub(super) struct Rescued {
+pub(super) struct Failover {
     lm: Box<dyn Lm>,
-    spare: Arc<Spare>,
+    standby: Arc<Standby>,
     options: SessionOptions,
-    /// Whether `lm` is on the spare device already.
+    /// Whether `lm` is on the standby device already.
     moved: bool,
     line: Vec<Token>,
     /// Whether rows were restored, whose tokens nobody told: then there is no way back.
@@ -51,11 +51,11 @@ pub(super) struct Rescued {
     outputs: Outputs,
 }
 
-impl Rescued {
-    pub fn new(lm: Box<dyn Lm>, spare: Arc<Spare>, options: SessionOptions) -> Self {
-        Rescued {
+impl Failover {
+    pub fn new(lm: Box<dyn Lm>, standby: Arc<Standby>, options: SessionOptions) -> Self {
+        Failover {
             lm,
-            spare,
+            standby,
             options,
             moved: false,
             line: Vec::new(),
@@ -70,7 +70,7 @@ impl Rescued {
         if self.moved || self.restored || !matches!(error, Error::DeviceLost { .. }) {
             return Err(error);
         }
-        let mut lm = self.spare.model(&error)?.session(&self.options);
+        let mut lm = self.standby.model(&error)?.session(&self.options);
         extend(&mut *lm, &self.line)?;
         let mut batch = Batch::new();
         for &(token, parent, _) in &self.tree {
@@ -82,7 +82,7 @@ impl Rescued {
     }
 }
 
-impl Lm for Rescued {
+impl Lm for Failover {
     fn vocab_size(&self) -> usize {
         self.lm.vocab_size()
     }

@@ -1,30 +1,29 @@
-//! Models: what decoders see ([`lm`]), the bookkeeping of line and tree ([`tree`]), and the
-//! architectures whose forward passes run on a backend.
+//! Models that run: weights on devices, the sequences of their users, and the passes that these share.
+//!
+//! - `pipeline`: a program's stages one after another; `sequence`: one text's rows, and the [`Lm`] that decoders
+//!   see of it; `scheduler`: what sequences post, gathered into passes;
+//! - [`device`]: the devices that a model can be loaded to; `failover`: what happens when one is lost.
 
-pub mod config;
 pub mod device;
-pub mod llama;
-pub mod lm;
-pub mod opt;
-mod rescue;
-pub mod rotary;
-pub mod session;
-pub mod table;
-pub mod tree;
-pub mod weights;
+mod failover;
+mod pipeline;
+mod scheduler;
+mod sequence;
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::backend::split::Split;
-use crate::backend::{Backend, CacheType};
 use crate::error::{Error, Result};
+use crate::exec::{CacheType, Executor, place};
 use crate::gguf::Gguf;
-use config::Hyperparameters;
+use crate::graph::{KvShape, Program};
+use crate::lm::Lm;
+use crate::models;
 pub use device::Device;
 use device::OnGpu;
-use lm::Lm;
-use rescue::{Rescued, Spare};
-use session::{Architecture, Session, Shape};
+use failover::{Failover, Standby};
+use pipeline::Pipeline;
+use scheduler::Scheduler;
+use sequence::Handle;
 
 /// How a session keeps its rows.
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,46 +34,34 @@ pub struct SessionOptions {
     pub cache_type: CacheType,
 }
 
-/// A model's weights on a device, shared by all sessions.
+/// A model's figures.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Tokens in the vocabulary.
+    pub vocab_size: usize,
+    /// Positions that it was trained for.
+    pub context: usize,
+    /// Multiplications with weights for one row, logits included.
+    pub macs: usize,
+    /// Bytes of the weights that every pass reads: all matrices, as the file stores them.
+    pub weight_bytes: usize,
+    /// The most positions that it has any notion of, if there is a limit: learned ones.
+    pub position_limit: Option<usize>,
+    /// What each layer keeps of a row.
+    pub layers: Vec<KvShape>,
+}
+
+/// A model's weights on a device, shared by all sessions. Sessions on several threads share passes.
 #[derive(Clone)]
 pub struct Model {
-    sessions: Arc<dyn Sessions>,
+    scheduler: Arc<Scheduler>,
+    shape: Arc<Shape>,
     file: Arc<Gguf>,
     device: Device,
     digest: Arc<OnceLock<u128>>,
     /// Where sessions go on if the device is lost.
-    spare: Option<Arc<Spare>>,
+    standby: Option<Arc<Standby>>,
     notes: Arc<Mutex<Vec<String>>>,
-}
-
-/// What a loaded model does, whatever its architecture and backend.
-trait Sessions: Send + Sync {
-    fn shape(&self) -> &Shape;
-    fn describe(&self) -> String;
-    fn session(&self, options: &SessionOptions) -> Box<dyn Lm>;
-}
-
-struct Loaded<B, A> {
-    backend: Arc<B>,
-    model: Arc<A>,
-}
-
-impl<B: Backend, A: Architecture<B>> Sessions for Loaded<B, A> {
-    fn shape(&self) -> &Shape {
-        self.model.shape()
-    }
-
-    fn describe(&self) -> String {
-        self.backend.describe()
-    }
-
-    fn session(&self, options: &SessionOptions) -> Box<dyn Lm> {
-        let shape = self.shape();
-        let capacity = options.context.unwrap_or(shape.context);
-        let capacity = capacity.min(shape.position_limit.unwrap_or(usize::MAX));
-        let cache = crate::backend::CacheShape { cache_type: options.cache_type, ..shape.cache };
-        Box::new(Session::new(self.backend.clone(), self.model.clone(), capacity, cache))
-    }
 }
 
 /// Told of loading: bytes done and bytes in all. Returning false stops it.
@@ -115,28 +102,29 @@ impl Model {
             done += bytes;
             if progress(done.min(total), total) { Ok(()) } else { Err(Error::Cancelled) }
         };
-        let layers = Hyperparameters::of(&file)?.required("block_count")?;
-        let mut spare = None;
-        let sessions = match device {
-            Device::Cpu(cpu) => sessions(&file, cpu.clone(), &mut loaded)?,
+        let program = Arc::new(models::program(&file)?);
+        let layers = program.layers.len();
+        let mut standby = None;
+        let placement: place::Placement = match device {
+            Device::Cpu(cpu) => vec![(cpu.clone(), layers)],
             Device::Gpu(OnGpu { gpu, cpu, layers: on_gpu, may_fall_back }) => {
                 if *may_fall_back {
                     let (file, cpu) = (file.clone(), Device::Cpu(cpu.clone()));
-                    spare = Some(Arc::new(Spare::new(notes.clone(), move || {
+                    standby = Some(Arc::new(Standby::new(notes.clone(), move || {
                         Model::load(file.clone(), &cpu, &mut |_, _| true)
                     })));
                 }
-                match on_gpu.map_or(0, |on_gpu| layers.saturating_sub(on_gpu)) {
-                    0 => sessions(&file, gpu.clone(), &mut loaded)?,
-                    first => {
-                        let split = Split::new(cpu.clone(), gpu.clone(), first);
-                        sessions(&file, Arc::new(split), &mut loaded)?
-                    }
-                }
+                let on_gpu = on_gpu.unwrap_or(layers).min(layers);
+                let parts: [(Arc<dyn Executor>, usize); 2] =
+                    [(cpu.clone(), layers - on_gpu), (gpu.clone(), on_gpu)];
+                parts.into_iter().filter(|(_, layers)| *layers > 0).collect()
             }
         };
+        let shape = Arc::new(shape_of(&program));
+        let pipeline = Pipeline::load(program, placement, &mut loaded)?;
+        let scheduler = Arc::new(Scheduler::new(pipeline));
         let digest = Arc::default();
-        Ok(Model { sessions, file, device: device.clone(), digest, spare, notes })
+        Ok(Model { scheduler, shape, file, device: device.clone(), digest, standby, notes })
     }
 
     /// A new session with an empty cache.
@@ -153,16 +141,18 @@ impl Model {
                 notes.push(note);
             }
         }
-        let session = self.sessions.session(options);
-        match &self.spare {
-            None => session,
-            Some(spare) => Box::new(Rescued::new(session, spare.clone(), *options)),
+        let capacity = options.context.unwrap_or(self.shape.context);
+        let capacity = capacity.min(self.shape.position_limit.unwrap_or(usize::MAX));
+        let session = Handle::new(self.scheduler.clone(), capacity, options.cache_type);
+        match &self.standby {
+            None => Box::new(session),
+            Some(standby) => Box::new(Failover::new(Box::new(session), standby.clone(), *options)),
         }
     }
 
     /// What runs it, for people.
     pub fn describe(&self) -> String {
-        self.sessions.describe()
+        self.scheduler.pipeline().describe()
     }
 
     /// What a person should know of where it runs: that a device did not do, or was lost. Each note
@@ -188,24 +178,18 @@ impl Model {
 
     /// Its figures.
     pub fn shape(&self) -> &Shape {
-        self.sessions.shape()
+        &self.shape
     }
 }
 
-/// Loads a file onto a backend.
-fn sessions<B: Backend>(
-    file: &Arc<Gguf>,
-    backend: Arc<B>,
-    loaded: &mut dyn FnMut(u64) -> Result<()>,
-) -> Result<Arc<dyn Sessions>> {
-    Ok(match Hyperparameters::of(file)?.architecture() {
-        "opt" => {
-            let model = Arc::new(opt::Opt::load(file, &*backend, loaded)?);
-            Arc::new(Loaded { backend, model })
-        }
-        _ => {
-            let model = Arc::new(llama::Llama::load(file, &*backend, loaded)?);
-            Arc::new(Loaded { backend, model })
-        }
-    })
+fn shape_of(program: &Program) -> Shape {
+    let cost = program.cost_of(0..program.ops.len());
+    Shape {
+        vocab_size: program.vocab_size,
+        context: program.context,
+        macs: cost.macs,
+        weight_bytes: cost.weight_bytes,
+        position_limit: program.position_limit,
+        layers: program.layers.clone(),
+    }
 }

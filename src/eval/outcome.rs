@@ -4,7 +4,7 @@ use serde_json::{Value as Json, json};
 
 use crate::decode::{Phase, Statistics};
 use crate::generation::Generation;
-use crate::model::lm::Token;
+use crate::lm::Token;
 
 /// One generation.
 #[derive(Debug, Clone, PartialEq)]

@@ -6,7 +6,7 @@
 //! that every scored token has at least half a chunk before it.
 
 use crate::error::{Error, Result};
-use crate::model::lm::{Batch, Lm, MAX_TREE, Output, Row, Token, Want};
+use crate::lm::{Batch, Lm, MAX_TREE, Output, Row, Token, Want};
 
 /// What was found.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Arm, Journal, Outcome, Task};
 use crate::decode::{CostTable, Settings, Strategy};
+use crate::engine::SessionOptions;
 use crate::error::Result;
 use crate::generation::{Generation, Request, Session};
-use crate::model::SessionOptions;
 use crate::pair::Pair;
 
 /// Told how an evaluation goes.

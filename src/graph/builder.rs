@@ -54,11 +54,7 @@ impl Builder {
     ///
     /// # Errors
     /// The bias has another length than the matrix has outputs.
-    pub fn matrix(
-        &mut self,
-        tensor: SharedTensor,
-        bias: Option<SharedTensor>,
-    ) -> Result<WeightId> {
+    pub fn matrix(&mut self, tensor: SharedTensor, bias: Option<SharedTensor>) -> Result<WeightId> {
         if let Some(bias) = &bias {
             let (bias, matrix) = (bias.view(), tensor.view());
             self.check(bias.rows * bias.cols == matrix.rows, || {
@@ -271,12 +267,7 @@ impl Builder {
     ///
     /// # Errors
     /// Queries are no whole number of heads for each key/value head; there is not a sink for each.
-    pub fn attend(
-        &mut self,
-        q: BufferId,
-        layer: usize,
-        attention: Attention,
-    ) -> Result<BufferId> {
+    pub fn attend(&mut self, q: BufferId, layer: usize, attention: Attention) -> Result<BufferId> {
         let heads = self.check_heads(q, self.program.layers[layer])?;
         if let Some(sinks) = attention.sinks {
             self.check_vector(sinks, &[heads])?;
@@ -326,12 +317,7 @@ impl Builder {
     /// # Errors
     /// Matrices do not fit the rows or each other; there are fewer experts than a row uses, or no logit for
     /// each.
-    pub fn experts(
-        &mut self,
-        x: BufferId,
-        router: BufferId,
-        experts: Experts,
-    ) -> Result<BufferId> {
+    pub fn experts(&mut self, x: BufferId, router: BufferId, experts: Experts) -> Result<BufferId> {
         let count = experts.experts.len();
         self.check(self.width(router) == count && (1..=count).contains(&experts.used), || {
             format!("{} of {count} experts, {} logits", experts.used, self.width(router))

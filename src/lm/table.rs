@@ -2,8 +2,8 @@
 //!
 //! It has no weights and an exact distribution, so decoders can be tested against theory.
 
-use super::{Batch, Lm, Outputs, Row, Token};
 use super::tree::Tree;
+use super::{Batch, Lm, Outputs, Row, Token};
 use crate::error::{Error, Result};
 
 /// A bigram model: row `t` of the table holds the logits of what follows token `t`.
@@ -52,7 +52,7 @@ impl Lm for TableLm {
     }
 
     fn committed(&self) -> usize {
-        self.tree.line()
+        self.tree.committed()
     }
 
     fn capacity(&self) -> usize {

@@ -5,38 +5,38 @@ use crate::error::{Error, Result};
 
 /// A line of committed rows and a tree of uncommitted ones.
 ///
-/// Row `r` of the tree is stored after the line, in slot `line + r`. Its *path* is the set of its
-/// ancestors in the tree and itself, as a bit-set: what it may attend to beside the line.
+/// Row `r` of the tree is stored after the line, in slot `committed + r`. Its *path*, its
+/// ancestors in the tree and itself, is a bit-set: what it may attend to beside the line.
 #[derive(Debug, Clone, Default)]
 pub struct Tree {
-    line: usize,
-    paths: Vec<u128>,
+    committed: usize,
+    ancestors: Vec<u128>,
 }
 
 impl Tree {
     /// Rows in the line.
-    pub fn line(&self) -> usize {
-        self.line
+    pub fn committed(&self) -> usize {
+        self.committed
     }
 
     /// Uncommitted rows.
     pub fn len(&self) -> usize {
-        self.paths.len()
+        self.ancestors.len()
     }
 
     /// Whether every row is committed.
     pub fn is_empty(&self) -> bool {
-        self.paths.is_empty()
+        self.ancestors.is_empty()
     }
 
     /// The ancestors of a row in the tree, and itself.
-    pub fn path(&self, row: Row) -> u128 {
-        self.paths[row.0 as usize]
+    pub fn ancestors(&self, row: Row) -> u128 {
+        self.ancestors[row.0 as usize]
     }
 
     /// A row's position in its text, from 0.
     pub fn position(&self, row: Row) -> usize {
-        self.line + self.path(row).count_ones() as usize - 1
+        self.committed + self.ancestors(row).count_ones() as usize - 1
     }
 
     /// Adds the rows of a batch, if all of them fit; otherwise none.
@@ -44,10 +44,10 @@ impl Tree {
     /// # Errors
     /// As [`super::Lm::eval`].
     pub fn append(&mut self, batch: &Batch<'_>, vocab_size: usize, capacity: usize) -> Result<()> {
-        let before = self.paths.len();
+        let before = self.ancestors.len();
         let added = self.try_append(batch, vocab_size, capacity);
         if added.is_err() {
-            self.paths.truncate(before);
+            self.ancestors.truncate(before);
         }
         added
     }
@@ -57,10 +57,10 @@ impl Tree {
             batch.parents.len() == batch.len() && batch.wants.len() == batch.len(),
             "a batch has a parent and a want for each token"
         );
-        if self.paths.len() + batch.len() > MAX_TREE {
+        if self.ancestors.len() + batch.len() > MAX_TREE {
             return Err(Error::invalid(format!(
                 "{} uncommitted rows wanted; a tree holds {MAX_TREE}",
-                self.paths.len() + batch.len()
+                self.ancestors.len() + batch.len()
             )));
         }
         for (&token, &parent) in batch.tokens.iter().zip(&batch.parents) {
@@ -69,26 +69,26 @@ impl Tree {
                     "token {token} is outside the vocabulary of {vocab_size}"
                 )));
             }
-            let row = self.paths.len();
+            let row = self.ancestors.len();
             let above = match parent {
                 None => 0,
-                Some(Row(p)) => *self.paths.get(p as usize).ok_or_else(|| {
+                Some(Row(p)) => *self.ancestors.get(p as usize).ok_or_else(|| {
                     Error::invalid(format!("row {row} names the parent {p}, which is not there"))
                 })?,
             };
             let path = above | 1 << row;
-            let wanted = self.line + path.count_ones() as usize;
+            let wanted = self.committed + path.count_ones() as usize;
             if wanted > capacity {
                 return Err(Error::ContextFull { wanted, capacity });
             }
-            self.paths.push(path);
+            self.ancestors.push(path);
         }
         Ok(())
     }
 
     /// Takes the last `count` rows back, as if they had never been added.
     pub fn pop(&mut self, count: usize) {
-        self.paths.truncate(self.paths.len() - count);
+        self.ancestors.truncate(self.ancestors.len() - count);
     }
 
     /// Commits the path to `tip` and empties the tree. Returns the committed rows, from the line
@@ -99,13 +99,16 @@ impl Tree {
     pub fn keep(&mut self, tip: Option<Row>) -> Result<Vec<Row>> {
         let path = match tip {
             None => 0,
-            Some(Row(r)) => *self.paths.get(r as usize).ok_or_else(|| {
-                Error::invalid(format!("row {r} cannot be kept: the tree has {}", self.paths.len()))
+            Some(Row(r)) => *self.ancestors.get(r as usize).ok_or_else(|| {
+                Error::invalid(format!(
+                    "row {r} cannot be kept: the tree has {}",
+                    self.ancestors.len()
+                ))
             })?,
         };
         let rows = rows_of(path).collect::<Vec<_>>();
-        self.line += rows.len();
-        self.paths.clear();
+        self.committed += rows.len();
+        self.ancestors.clear();
         Ok(rows)
     }
 
@@ -114,12 +117,12 @@ impl Tree {
     /// # Errors
     /// [`Error::ContextFull`] if the line would be longer than `capacity`.
     pub fn grow(&mut self, count: usize, capacity: usize) -> Result<()> {
-        let wanted = self.line.saturating_add(count);
+        let wanted = self.committed.saturating_add(count);
         if wanted > capacity {
             return Err(Error::ContextFull { wanted, capacity });
         }
-        self.line = wanted;
-        self.paths.clear();
+        self.committed = wanted;
+        self.ancestors.clear();
         Ok(())
     }
 
@@ -128,14 +131,14 @@ impl Tree {
     /// # Errors
     /// [`Error::Invalid`] if the line is shorter than `len`.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        if len > self.line {
+        if len > self.committed {
             return Err(Error::invalid(format!(
                 "cannot shorten a line of {} rows to {len}",
-                self.line
+                self.committed
             )));
         }
-        self.line = len;
-        self.paths.clear();
+        self.committed = len;
+        self.ancestors.clear();
         Ok(())
     }
 }
@@ -160,15 +163,15 @@ mod tests {
     }
 
     #[test]
-    fn positions_and_paths_derive_from_parents() {
-        let mut tree = Tree { line: 10, paths: vec![] };
+    fn positions_and_ancestors_derive_from_parents() {
+        let mut tree = Tree { committed: 10, ancestors: vec![] };
         grow(&mut tree, &[None, None, Some(0), Some(2)]).unwrap();
         grow(&mut tree, &[Some(1)]).unwrap();
         let positions: Vec<_> = (0..5).map(|r| tree.position(Row(r))).collect();
         assert_eq!(positions, [10, 10, 11, 12, 11]);
-        assert_eq!(tree.path(Row(3)), 0b1101);
+        assert_eq!(tree.ancestors(Row(3)), 0b1101);
         assert_eq!(tree.keep(Some(Row(3))).unwrap(), [Row(0), Row(2), Row(3)]);
-        assert_eq!((tree.line(), tree.len()), (13, 0));
+        assert_eq!((tree.committed(), tree.len()), (13, 0));
     }
 
     #[test]

@@ -1,12 +1,9 @@
 //! Hyperparameters, read from GGUF metadata and checked.
 
 use super::rotary::Rotary;
-use crate::backend::RotaryPairs;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-
-/// The architectures that are run, by their names in `general.architecture`.
-pub const ARCHITECTURES: [&str; 3] = ["llama", "qwen2", "opt"];
+use crate::graph::RotaryPairs;
 
 /// Larger values than this in any dimension mean damaged metadata. Tensors are checked against
 /// these figures, and tensors fit the file, so memory stays in proportion to it.
@@ -29,8 +26,9 @@ impl<'a> Hyperparameters<'a> {
         let architecture = file
             .get_str("general.architecture")?
             .ok_or_else(|| file.missing("general.architecture"))?;
-        if !ARCHITECTURES.contains(&architecture) {
-            let known = ARCHITECTURES.map(|name| format!("`{name}`")).join(", ");
+        if !super::architectures().any(|name| name == architecture) {
+            let known: Vec<_> = super::architectures().map(|name| format!("`{name}`")).collect();
+            let known = known.join(", ");
             let what = format!("has the architecture `{architecture}`; {known} are run");
             return Err(Error::unsupported(file.name(), what));
         }

@@ -4,8 +4,8 @@
 use std::f64::consts::PI;
 
 use super::config::Hyperparameters;
-use crate::backend::RotaryPairs;
 use crate::error::{Error, Result};
+use crate::graph::{RotaryPairs, RotaryTable};
 
 /// The rotation of a model's queries and keys.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,6 +85,15 @@ impl Rotary {
             }
         };
         Ok(Rotary { pairs, dims, base: keys.positive("rope.freq_base", 10_000.0)?, scaling })
+    }
+
+    /// The rotations themselves; `factors` divide the frequencies of pairs, one for each (Llama 3).
+    pub fn table(&self, factors: Option<&[f32]>) -> RotaryTable {
+        RotaryTable {
+            pairs: self.pairs,
+            frequencies: self.frequencies(factors),
+            magnitude: self.magnitude(),
+        }
     }
 
     /// Radians per position of each pair: base^(-2i/d) (Su et al., section 3.2.2), stretched, and

@@ -2,7 +2,7 @@
 
 use super::{Path, Rng, Warp};
 use crate::error::{Error, Result};
-use crate::model::lm::{Output, Token, largest, largest_first};
+use crate::lm::{Output, Token, largest, largest_first};
 
 /// Weights that are summed together before a draw looks at single ones.
 const CHUNK: usize = 256;
@@ -407,7 +407,7 @@ fn exp(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::lm::{Outputs, Want};
+    use crate::lm::{Outputs, Want};
 
     const NEUTRAL: Warp = Warp {
         repeat_penalty: 1.0,

@@ -14,7 +14,7 @@ pub use distribution::{Distribution, Removed};
 pub use rng::{Rng, RngState};
 pub use warp::{Path, Warp};
 
-use crate::model::lm::{Output, Token, log_sum_exp};
+use crate::lm::{Output, Token, log_sum_exp};
 
 /// ln p(token) of a row before any warping, over the first `vocab` entries: what perplexity is
 /// made of. A row of the largest logits must hold the token and have been asked for with the

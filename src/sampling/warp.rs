@@ -1,7 +1,7 @@
 //! How logits become probabilities: the settings.
 
 use crate::error::{Error, Result};
-use crate::model::lm::{Token, Want};
+use crate::lm::{Token, Want};
 
 /// Above this many survivors a whole row of logits is read rather than its largest.
 const MOST_READ_AS_TOP: usize = 256;

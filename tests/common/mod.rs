@@ -6,11 +6,11 @@ pub mod checkpoint;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mtad::backend::cpu::{Cpu, Isa};
-use mtad::backend::gpu::Adapter;
+use mtad::engine::{Device, Model, SessionOptions};
+use mtad::exec::cpu::{Cpu, Isa};
+use mtad::exec::wgpu::Adapter;
 use mtad::gguf::{Gguf, OwnedValue, Writer};
-use mtad::model::lm::{Batch, Row, Want};
-use mtad::model::{Device, Model, SessionOptions};
+use mtad::lm::{Batch, Row, Want};
 use mtad::quant::BlockType;
 
 /// A file or folder of the reference data: below `MTAD_SHARED`, or else below `../shared` beside

@@ -1,309 +1,29 @@
-//! Key and value rows, and attention over them.
-//!
-//! Rows are stored in *chunks* of sixteen slots: for each key/value head, keys transposed
-//! (`head_dim` x 16, so that a vector's lane is a slot) and then values (16 x `head_dim`, padded to
-//! whole vectors, so that a lane is an element). Scores then need no sums across lanes.
+//! Attention of the rows of one sequence over its cache.
 //!
 //! Attention goes through positions in tiles of 32 with an online softmax (Milakov and Gimelshein
 //! 2018; Rabe and Staats 2021): no matrix of scores is kept. A tile is a range of *positions*,
 //! whatever slots hold them, and sums run in order of position; so a row's result does not depend
 //! on whether its ancestors were committed yet, nor on its neighbours in the batch.
 
-use std::array::TryFromSliceError;
 use std::ops::Range;
 
+use super::cache::{CHUNK, Element, Geometry, TILE};
 use super::simd::{Simd, exp, max_lanes, sum_lanes};
-use crate::backend::{CacheShape, CacheType, RotaryPairs, Rows};
-
-/// Slots of a chunk.
-const CHUNK: usize = 16;
-
-/// Positions of a tile.
-const TILE: usize = 32;
-
-/// How an element of the cache is stored.
-pub(super) trait Element: Copy + Default + Send + Sync {
-    /// Its bytes, little-endian.
-    type Bytes: AsRef<[u8]> + for<'a> TryFrom<&'a [u8], Error = TryFromSliceError>;
-    fn to_bytes(self) -> Self::Bytes;
-    fn from_bytes(bytes: Self::Bytes) -> Self;
-    fn from_f32(x: f32) -> Self;
-    fn to_f32(self) -> f32;
-    /// # Safety
-    /// As [`Simd`]'s loads.
-    unsafe fn load<S: Simd>(p: *const Self) -> S::F;
-}
-
-/// An f16, by its bits.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-pub(super) struct Half(u16);
-
-impl Element for Half {
-    type Bytes = [u8; 2];
-    fn to_bytes(self) -> [u8; 2] {
-        self.0.to_le_bytes()
-    }
-    fn from_bytes(bytes: [u8; 2]) -> Self {
-        Half(u16::from_le_bytes(bytes))
-    }
-    #[inline(always)]
-    fn from_f32(x: f32) -> Self {
-        Half(half::f16::from_f32(x).to_bits())
-    }
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        half::f16::from_bits(self.0).to_f32()
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const Self) -> S::F {
-        // SAFETY: the caller's; `Half` is a u16.
-        unsafe { S::load_f16(p.cast()) }
-    }
-}
-
-impl Element for f32 {
-    type Bytes = [u8; 4];
-    fn to_bytes(self) -> [u8; 4] {
-        self.to_le_bytes()
-    }
-    fn from_bytes(bytes: [u8; 4]) -> Self {
-        f32::from_le_bytes(bytes)
-    }
-    #[inline(always)]
-    fn from_f32(x: f32) -> Self {
-        x
-    }
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const Self) -> S::F {
-        // SAFETY: the caller's.
-        unsafe { S::load(p) }
-    }
-}
-
-/// The cache of a session: for each layer, chunks of slots.
-#[derive(Debug)]
-pub struct Cache {
-    pub(super) shape: CacheShape,
-    pub(super) layers: Layers,
-}
-
-pub(super) enum Layers {
-    F16(Vec<Vec<Half>>),
-    F32(Vec<Vec<f32>>),
-}
-
-impl std::fmt::Debug for Layers {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Layers::F16(_) => "f16",
-            Layers::F32(_) => "f32",
-        })
-    }
-}
-
-/// `head_dim` rounded up to whole vectors.
-fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(16)
-}
-
-/// Where things are in a layer.
-#[derive(Clone, Copy)]
-struct Geometry {
-    kv_heads: usize,
-    head_dim: usize,
-    padded: usize,
-}
-
-impl Geometry {
-    fn new(shape: &CacheShape) -> Self {
-        Geometry {
-            kv_heads: shape.kv_heads,
-            head_dim: shape.head_dim,
-            padded: padded(shape.head_dim),
-        }
-    }
-
-    /// Elements of a chunk for one head: keys, then values.
-    fn head_len(&self) -> usize {
-        CHUNK * (self.head_dim + self.padded)
-    }
-
-    fn chunk_len(&self) -> usize {
-        self.kv_heads * self.head_len()
-    }
-
-    /// Where the keys of a head begin in the chunk of `slot`.
-    fn keys(&self, slot: usize, head: usize) -> usize {
-        slot / CHUNK * self.chunk_len() + head * self.head_len()
-    }
-
-    /// Element `d` of the key in `slot`.
-    fn key(&self, slot: usize, head: usize, d: usize) -> usize {
-        self.keys(slot, head) + d * CHUNK + slot % CHUNK
-    }
-
-    /// Visits the elements of a layer's keys, slot by slot, and then those of its values.
-    fn each(&self, slots: Range<usize>, mut visit: impl FnMut(usize)) {
-        for slot in slots.clone() {
-            for head in 0..self.kv_heads {
-                (0..self.head_dim).for_each(|d| visit(self.key(slot, head, d)));
-            }
-        }
-        for slot in slots {
-            for head in 0..self.kv_heads {
-                let at = self.value(slot, head);
-                (at..at + self.head_dim).for_each(&mut visit);
-            }
-        }
-    }
-
-    /// The first element of the value in `slot`.
-    fn value(&self, slot: usize, head: usize) -> usize {
-        self.keys(slot, head) + CHUNK * self.head_dim + slot % CHUNK * self.padded
-    }
-}
-
-impl Cache {
-    pub(super) fn new(shape: CacheShape) -> Self {
-        let layers = match shape.cache_type {
-            CacheType::F16 => Layers::F16(vec![Vec::new(); shape.layers]),
-            CacheType::F32 => Layers::F32(vec![Vec::new(); shape.layers]),
-        };
-        Cache { shape, layers }
-    }
-
-    /// Makes room in `layer` for `slots` slots.
-    pub(super) fn reserve(&mut self, layer: usize, slots: usize) {
-        // Whole tiles, so that a tile can be loaded without asking where the line ends.
-        let len = slots.next_multiple_of(TILE) / CHUNK * Geometry::new(&self.shape).chunk_len();
-        fn grow<E: Element>(layer: &mut Vec<E>, len: usize) {
-            if layer.len() < len {
-                layer.resize(len, E::default());
-            }
-        }
-        match &mut self.layers {
-            Layers::F16(layers) => grow(&mut layers[layer], len),
-            Layers::F32(layers) => grow(&mut layers[layer], len),
-        }
-    }
-
-    pub(super) fn move_rows(&mut self, moves: &[(usize, usize)]) {
-        fn apply<E: Element>(g: Geometry, layer: &mut [E], moves: &[(usize, usize)]) {
-            for &(from, to) in moves {
-                for head in 0..g.kv_heads {
-                    for d in 0..g.head_dim {
-                        layer[g.key(to, head, d)] = layer[g.key(from, head, d)];
-                    }
-                    let from = g.value(from, head);
-                    layer.copy_within(from..from + g.padded, g.value(to, head));
-                }
-            }
-        }
-        let g = Geometry::new(&self.shape);
-        match &mut self.layers {
-            Layers::F16(layers) => layers.iter_mut().for_each(|layer| apply(g, layer, moves)),
-            Layers::F32(layers) => layers.iter_mut().for_each(|layer| apply(g, layer, moves)),
-        }
-    }
-}
-
-impl Cache {
-    /// Appends rows to `out`, as [`crate::backend::Backend::save_rows`] orders them.
-    pub(super) fn save_rows(&self, slots: Range<usize>, out: &mut Vec<u8>) {
-        fn save<E: Element>(g: Geometry, layer: &[E], slots: Range<usize>, out: &mut Vec<u8>) {
-            g.each(slots, |at| out.extend_from_slice(layer[at].to_bytes().as_ref()));
-        }
-        let g = Geometry::new(&self.shape);
-        out.reserve(slots.len() * self.shape.row_bytes());
-        match &self.layers {
-            Layers::F16(layers) => layers.iter().for_each(|l| save(g, l, slots.clone(), out)),
-            Layers::F32(layers) => layers.iter().for_each(|l| save(g, l, slots.clone(), out)),
-        }
-    }
-
-    /// Writes rows that were saved.
-    pub(super) fn load_rows(&mut self, slots: Range<usize>, bytes: &[u8]) {
-        fn load<E: Element>(g: Geometry, layer: &mut [E], slots: Range<usize>, bytes: &[u8]) {
-            let mut elements = bytes.chunks_exact(size_of::<E>());
-            g.each(slots, |at| {
-                let bytes = elements.next().and_then(|bytes| bytes.try_into().ok());
-                layer[at] = E::from_bytes(bytes.expect("the layer's bytes were counted"));
-            });
-        }
-        assert_eq!(bytes.len(), slots.len() * self.shape.row_bytes());
-        if slots.is_empty() {
-            return;
-        }
-        (0..self.shape.layers).for_each(|layer| self.reserve(layer, slots.end));
-        let g = Geometry::new(&self.shape);
-        let parts = bytes.chunks_exact(bytes.len() / self.shape.layers);
-        match &mut self.layers {
-            Layers::F16(layers) => {
-                layers.iter_mut().zip(parts).for_each(|(l, part)| load(g, l, slots.clone(), part));
-            }
-            Layers::F32(layers) => {
-                layers.iter_mut().zip(parts).for_each(|(l, part)| load(g, l, slots.clone(), part));
-            }
-        }
-    }
-}
-
-/// Rotates the heads of one row in place: each pair (x, y) by its angle.
-#[inline(always)]
-pub(super) fn rotate(x: &mut [f32], head_dim: usize, rotations: &[[f32; 2]], pairs: RotaryPairs) {
-    let half = rotations.len();
-    for head in x.chunks_exact_mut(head_dim) {
-        match pairs {
-            RotaryPairs::Interleaved => {
-                for (pair, &[cos, sin]) in head.chunks_exact_mut(2).zip(rotations) {
-                    let (a, b) = (pair[0], pair[1]);
-                    pair[0] = a * cos - b * sin;
-                    pair[1] = a * sin + b * cos;
-                }
-            }
-            RotaryPairs::Halves => {
-                let (first, second) = head[..2 * half].split_at_mut(half);
-                for ((a, b), &[cos, sin]) in first.iter_mut().zip(second).zip(rotations) {
-                    (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
-                }
-            }
-        }
-    }
-}
-
-/// Stores one row's keys and values.
-#[inline(always)]
-pub(super) fn store<E: Element>(
-    shape: &CacheShape,
-    layer: &mut [E],
-    slot: usize,
-    k: &[f32],
-    v: &[f32],
-) {
-    let g = Geometry::new(shape);
-    for head in 0..g.kv_heads {
-        let at = g.key(slot, head, 0);
-        for (d, &x) in k[head * g.head_dim..][..g.head_dim].iter().enumerate() {
-            layer[at + d * CHUNK] = E::from_f32(x);
-        }
-        let at = g.value(slot, head);
-        let values = &v[head * g.head_dim..][..g.head_dim];
-        for (to, &x) in layer[at..].iter_mut().zip(values) {
-            *to = E::from_f32(x);
-        }
-    }
-}
 
 /// One attention: shapes and pointers, shared by the threads that split its heads.
 #[derive(Clone, Copy)]
 pub(super) struct Attention<'a> {
-    pub rows: Rows<'a>,
-    pub shape: &'a CacheShape,
+    /// Committed rows in the cache.
+    pub line: usize,
+    /// For each row, the slots from the line on that it sees, its own included.
+    pub ancestors: &'a [u128],
+    pub geometry: Geometry,
+    /// Scores are multiplied with it.
+    pub scale: f32,
+    /// Scores become cap * tanh(score / cap), or stay as they are where it is 0.
+    pub soft_cap: f32,
+    /// For each query head a score that has no value; empty for none.
+    pub sinks: &'a [f32],
     /// How many positions a row attends to at most; `usize::MAX` for all that it sees. (A number,
     /// because what an optimizer makes of an option in the loops reads the number that `None` does
     /// not have, which is harmless and looks to memory checkers as if it were not.)
@@ -315,6 +35,11 @@ pub(super) struct Attention<'a> {
     /// Outputs, laid out as the queries. Each head is written by one thread.
     pub out: *mut f32,
     pub stride: usize,
+}
+
+/// How many positions a row sees, its own included.
+fn seen(line: usize, ancestors: u128) -> usize {
+    line + ancestors.count_ones() as usize
 }
 
 // SAFETY: threads write disjoint heads of `out`, which nobody else uses during the call.
@@ -367,7 +92,7 @@ pub(super) unsafe fn attend<S: Simd, E: Element>(
     heads: std::ops::Range<usize>,
     scratch: &mut Scratch,
 ) {
-    let g = Geometry::new(a.shape);
+    let g = a.geometry;
     scratch.tile.keys.resize(g.head_dim * TILE, 0.0);
     scratch.tile.values.resize(TILE * g.padded, 0.0);
     let mut first = heads.start;
@@ -392,20 +117,20 @@ unsafe fn attend_group<S: Simd, E: Element>(
 ) {
     let Scratch { tile, state, paths, starts, sharing } = scratch;
     let state_len = 2 + g.padded;
-    let rows = a.rows.len();
+    let rows = a.ancestors.len();
     state.clear();
     state.resize(rows * heads.len() * state_len, 0.0);
     for s in state.chunks_exact_mut(state_len) {
         s[0] = f32::NEG_INFINITY;
     }
-    let rest = a.rows.line % TILE;
-    let base = a.rows.line - rest;
+    let rest = a.line % TILE;
+    let base = a.line - rest;
 
     // SAFETY (all blocks): slots below `reserve`d are in the layer; the tile is as large as its
     // keys and values; queries and outputs have a head's elements at every row.
 
     starts.clear();
-    starts.extend((0..rows).map(|row| a.rows.seen(row).saturating_sub(a.window)));
+    starts.extend((0..rows).map(|row| seen(a.line, a.ancestors[row]).saturating_sub(a.window)));
     let earliest = starts.iter().copied().min().unwrap_or(0);
 
     // Whole tiles of the line, which every row sees.
@@ -427,7 +152,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
     // The line's rest, behind which each row goes on with its own path. Rows whose paths begin
     // alike, as those of a chain do, share what is loaded.
     paths.clear();
-    paths.extend_from_slice(a.rows.paths);
+    paths.extend_from_slice(a.ancestors);
     let (mut first, mut line) = (base, rest);
     while paths.iter().any(|path| *path != 0) {
         // SAFETY: as above.
@@ -436,7 +161,7 @@ unsafe fn attend_group<S: Simd, E: Element>(
         for (row, path) in paths.iter_mut().enumerate().filter(|(_, path)| **path != 0) {
             let mut count = line;
             while *path != 0 && count < TILE {
-                let slot = a.rows.line + path.trailing_zeros() as usize;
+                let slot = a.line + path.trailing_zeros() as usize;
                 if tile.path.get(count - line) != Some(&slot) {
                     // SAFETY: as above.
                     unsafe {
@@ -463,7 +188,11 @@ unsafe fn attend_group<S: Simd, E: Element>(
 
     for row in 0..rows {
         for (i, head) in heads.clone().enumerate() {
-            let s = &state[(row * heads.len() + i) * state_len..][..state_len];
+            let s = &mut state[(row * heads.len() + i) * state_len..][..state_len];
+            if let Some(&sink) = a.sinks.get(head) {
+                // SAFETY: as above.
+                unsafe { add_sink::<S>(s, sink) };
+            }
             let whole = g.head_dim / S::LANES * S::LANES;
             // SAFETY: as above; this thread owns the head.
             unsafe {
@@ -513,9 +242,9 @@ unsafe fn rows_step<S: Simd>(
         // SAFETY: the caller's; the states of different queries do not overlap.
         unsafe {
             if n == 4 {
-                tile_step::<S, 4>(&queries, tile, g);
+                tile_step::<S, 4>(a, &queries, tile);
             } else {
-                tile_step::<S, 1>(&[queries[0]], tile, g);
+                tile_step::<S, 1>(a, &[queries[0]], tile);
             }
         }
         i += n;
@@ -594,14 +323,15 @@ struct Query {
 /// Adds a tile to the states of `N` queries.
 ///
 /// # Safety
-/// The pointers of the queries are valid for what they say, the tile's vectors are as long as `g`
+/// The pointers of the queries are valid for what they say, the tile's vectors are as long as the geometry
 /// has them, and the CPU has `S`.
 #[inline(always)]
-unsafe fn tile_step<S: Simd, const N: usize>(queries: &[Query; N], tile: &Tile, g: Geometry) {
+unsafe fn tile_step<S: Simd, const N: usize>(a: &Attention<'_>, queries: &[Query; N], tile: &Tile) {
+    let g = a.geometry;
     // SAFETY: keys are head_dim x TILE, values TILE x padded, each state 2 + padded.
     unsafe {
         let mut p = [[0f32; TILE]; N];
-        let scale = S::f32(1.0 / (g.head_dim as f32).sqrt());
+        let scale = S::f32(a.scale);
         // Two vectors at a time, so that the sums of four queries stay in registers.
         for first in (0..TILE).step_by(2 * S::LANES) {
             let mut scores = [[S::f32(0.0); 2]; N];
@@ -618,6 +348,12 @@ unsafe fn tile_step<S: Simd, const N: usize>(queries: &[Query; N], tile: &Tile, 
                 let at = p.as_mut_ptr().add(first);
                 S::store(at, S::mul(scores[0], scale));
                 S::store(at.add(S::LANES), S::mul(scores[1], scale));
+            }
+        }
+        if a.soft_cap != 0.0 {
+            for i in (0..N * TILE).step_by(S::LANES) {
+                let at = p.as_flattened_mut().as_mut_ptr().add(i);
+                S::store(at, soft_cap::<S>(S::load(at), a.soft_cap));
             }
         }
         for (p, query) in p.iter_mut().zip(queries) {
@@ -712,6 +448,33 @@ unsafe fn add_rows<S: Simd, const V: usize>(
     }
 }
 
+/// Adds a score that has no value to a finished softmax.
+#[inline(always)]
+unsafe fn add_sink<S: Simd>(state: &mut [f32], sink: f32) {
+    let now = state[0].max(sink);
+    let mut factors = [0f32; 16];
+    // SAFETY: the caller's; the state is 2 and then whole vectors.
+    unsafe {
+        S::store(factors.as_mut_ptr(), exp::<S>(S::f32(state[0] - now)));
+        let before = factors[0];
+        S::store(factors.as_mut_ptr(), exp::<S>(S::f32(sink - now)));
+        state[1] = state[1] * before + factors[0];
+        state[2..].iter_mut().for_each(|x| *x *= before);
+    }
+}
+
+/// cap * tanh(x / cap).
+#[inline(always)]
+pub(super) unsafe fn soft_cap<S: Simd>(x: S::F, cap: f32) -> S::F {
+    // SAFETY: the caller's; no memory is touched.
+    unsafe {
+        // tanh(y) = 1 - 2 / (exp(2y) + 1).
+        let e = exp::<S>(S::mul(x, S::f32(2.0 / cap)));
+        let small = S::div(S::f32(2.0 * cap), S::add(e, S::f32(1.0)));
+        S::sub(S::f32(cap), small)
+    }
+}
+
 /// Turns a tile's scores into weights relative to the largest score so far, and brings the state
 /// to that scale.
 #[inline(always)]
@@ -751,154 +514,6 @@ unsafe fn softmax_step<S: Simd>(p: &mut [f32; TILE], within: Range<usize>, state
         let sums = state[2..].as_mut_ptr();
         for d in (0..state.len() - 2).step_by(S::LANES) {
             S::store(sums.add(d), S::mul(S::load(sums.add(d)), S::f32(correction[0])));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use crate::backend::cpu::noise::Noise;
-    use crate::backend::cpu::{Buffer, Cpu, Isa};
-    use crate::backend::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
-
-    fn buffer(cpu: &Cpu, width: usize, rows: &[Vec<f32>]) -> Buffer {
-        let mut out = cpu.buffer(width);
-        out.set_rows(rows.len());
-        for (i, row) in rows.iter().enumerate() {
-            out.row_mut(i)[..width].copy_from_slice(row);
-        }
-        out
-    }
-
-    /// Keys, values and queries of slots `0..line + tree`, and the paths of the tree's slots.
-    struct Case {
-        shape: CacheShape,
-        group: usize,
-        line: usize,
-        window: Option<usize>,
-        k: Vec<Vec<f32>>,
-        v: Vec<Vec<f32>>,
-        q: Vec<Vec<f32>>,
-        paths: Vec<u128>,
-    }
-
-    impl Case {
-        fn new(
-            shape: CacheShape,
-            group: usize,
-            line: usize,
-            tree: usize,
-            window: Option<usize>,
-            noise: &mut Noise,
-        ) -> Self {
-            let (slots, width) = (line + tree, shape.kv_heads * shape.head_dim);
-            let mut rows = |n: usize, width| (0..n).map(|_| noise.floats(width)).collect();
-            let (k, v, q) = (rows(slots, width), rows(slots, width), rows(slots, width * group));
-            // Long chains with a few branches.
-            let mut paths: Vec<u128> = Vec::new();
-            for i in 0..tree {
-                let parent = match noise.below(4) {
-                    0 => noise.below(i + 1).checked_sub(1),
-                    _ => i.checked_sub(1),
-                };
-                paths.push(parent.map_or(0, |p| paths[p]) | 1 << i);
-            }
-            Case { shape, group, line, window, k, v, q, paths }
-        }
-
-        /// Stores everything, and attends with the rows `rows` of the tree.
-        fn run(&self, cpu: &Cpu, rows: std::ops::Range<usize>) -> Vec<Vec<f32>> {
-            let width = self.shape.kv_heads * self.shape.head_dim;
-            let mut cache = cpu.cache(self.shape);
-            let mut pass = |line: usize, range: std::ops::Range<usize>, paths: &[u128]| {
-                if range.is_empty() {
-                    return Vec::new();
-                }
-                let tokens = vec![0; range.len()];
-                let rotations = vec![[1.0, 0.0]; range.len()];
-                let first_slot = range.start;
-                let rows = Rows { tokens: &tokens, line, first_slot, paths, rotations: &rotations };
-                let mut q = buffer(cpu, width * self.group, &self.q[range.clone()]);
-                let mut k = buffer(cpu, width, &self.k[range.clone()]);
-                let v = buffer(cpu, width, &self.v[range.clone()]);
-                let mut out = cpu.buffer(width * self.group);
-                // (So many multiplications that all threads are called.)
-                cpu.pass(&rows, usize::MAX, |pass| {
-                    let pairs = RotaryPairs::Interleaved;
-                    pass.rotate_and_store(&mut q, &mut k, &v, pairs, &mut cache, 0);
-                    pass.attend(&q, &cache, 0, self.window, &mut out);
-                    Ok(())
-                })
-                .unwrap();
-                (0..range.len()).map(|i| out.row(i)[..width * self.group].to_vec()).collect()
-            };
-            for slot in 0..self.line {
-                pass(slot, slot..slot + 1, &[1]);
-            }
-            let (line, tree) = (self.line, self.paths.len());
-            pass(line, line..line + rows.start, &self.paths[..rows.start]);
-            let out = pass(line, line + rows.start..line + rows.end, &self.paths[rows.clone()]);
-            pass(line, line + rows.end..line + tree, &self.paths[rows.end..]);
-            out
-        }
-
-        /// Head by head in double precision.
-        fn exact(&self, row: usize) -> Vec<f64> {
-            let (d, path) = (self.shape.head_dim, self.paths[row]);
-            let tree = (0..self.paths.len()).filter(|r| path >> r & 1 == 1).map(|r| self.line + r);
-            let seen: Vec<usize> = (0..self.line).chain(tree).collect();
-            let window = self.window.unwrap_or(seen.len());
-            let seen = &seen[seen.len().saturating_sub(window)..];
-            let mut out = Vec::new();
-            for head in 0..self.shape.kv_heads * self.group {
-                let q = &self.q[self.line + row][head * d..][..d];
-                let at = head / self.group * d;
-                let dot = |k: &[f32]| -> f64 {
-                    q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum()
-                };
-                let weights: Vec<f64> = seen
-                    .iter()
-                    .map(|&slot| (dot(&self.k[slot][at..][..d]) / (d as f64).sqrt()).exp())
-                    .collect();
-                let total: f64 = weights.iter().sum();
-                out.extend((0..d).map(|i| {
-                    let value = |(&slot, w): (&usize, &f64)| w * f64::from(self.v[slot][at + i]);
-                    seen.iter().zip(&weights).map(value).sum::<f64>() / total
-                }));
-            }
-            out
-        }
-    }
-
-    #[test]
-    fn attention_is_exact_and_a_row_gets_the_same_bits_alone_and_among_others() {
-        let mut noise = Noise(3);
-        let cases = [
-            (64, 2, 4, 70, 13, None),
-            (80, 1, 1, 31, 40, None),
-            (8, 2, 3, 0, 66, None),
-            (16, 1, 5, 64, 1, None),
-            // Windows that end within a tile, a path, one position, and before the first.
-            (64, 2, 2, 101, 20, Some(50)),
-            (16, 1, 3, 33, 60, Some(7)),
-            (8, 1, 1, 40, 9, Some(1)),
-            (8, 1, 2, 64, 9, Some(1000)),
-        ];
-        for (head_dim, kv_heads, group, line, tree, window) in cases {
-            let cache_type = CacheType::F32;
-            let shape = CacheShape { layers: 1, kv_heads, head_dim, cache_type };
-            let case = Case::new(shape, group, line, tree, window, &mut noise);
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-                let cpu = Cpu::with_isa(2, isa).unwrap();
-                let together = case.run(&cpu, 0..tree);
-                for row in (0..tree).step_by(7) {
-                    let alone = &case.run(&cpu, row..row + 1)[0];
-                    assert!(*alone == together[row], "{isa}: row {row} is not the same alone");
-                    for (x, exact) in together[row].iter().zip(case.exact(row)) {
-                        assert!((f64::from(*x) - exact).abs() < 1e-5, "{isa} {row}: {x} {exact}");
-                    }
-                }
-            }
         }
     }
 }

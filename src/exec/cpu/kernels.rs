@@ -6,16 +6,18 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
 use super::aarch64;
-use super::attention::{self, Attention, Half, Scratch};
+use super::attention::{self, Attention, Scratch};
+use super::cache::Half;
 #[cfg(target_arch = "aarch64")]
 use super::matmul::InPairs;
-use super::matmul::{self, Form, Kernel, Singly};
+use super::matmul::{self, ActivationLayout, Kernel, Singly};
 use super::panel::{Format, match_format};
 use super::probe;
 use super::simd::{Scalar, Simd, exp, sum_lanes};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use crate::error::{Error, Result};
+use crate::graph::{Activation, Gating};
 use crate::quant::BlockType;
 
 /// An instruction set that kernels are compiled for.
@@ -156,14 +158,18 @@ impl fmt::Display for Isa {
 pub(super) struct Kernels {
     /// The matrix kernels of a type.
     pub matmul: fn(BlockType) -> matmul::Kernels,
-    /// [`matmul::lay_out`].
-    pub lay_out: unsafe fn(Form, &[f32], &mut [u32], usize, usize),
+    /// [`matmul::quantize_activations`].
+    pub quantize_activations: unsafe fn(ActivationLayout, &[f32], &mut [u32], usize, usize),
     /// [`rms_norm`].
     pub rms_norm: unsafe fn(&[f32], usize, &[f32], f32, &mut [f32]),
     /// [`layer_norm`].
     pub layer_norm: unsafe fn(&[f32], usize, &LayerNorm<'_>, &mut [f32]),
-    /// [`swiglu`].
-    pub swiglu: unsafe fn(&mut [f32], &[f32]),
+    /// [`gate`].
+    pub gate: unsafe fn(Gating, &mut [f32], &[f32]),
+    /// [`activate`].
+    pub activate: unsafe fn(Activation, &mut [f32]),
+    /// [`soft_cap`].
+    pub soft_cap: unsafe fn(&mut [f32], f32),
     /// [`attention::attend`] for the two cache types.
     pub attend_f16: unsafe fn(&Attention<'_>, &[Half], Range<usize>, &mut Scratch),
     pub attend_f32: unsafe fn(&Attention<'_>, &[f32], Range<usize>, &mut Scratch),
@@ -241,18 +247,111 @@ unsafe fn layer_norm<S: Simd>(x: &[f32], width: usize, norm: &LayerNorm<'_>, out
     }
 }
 
-/// gate = gate / (1 + exp(-gate)) * up, elementwise.
+/// gate = gated up, elementwise.
 #[inline(always)]
-unsafe fn swiglu<S: Simd>(gate: &mut [f32], up: &[f32]) {
+unsafe fn gate<S: Simd>(gating: Gating, gate: &mut [f32], up: &[f32]) {
     assert!(gate.len() == up.len() && gate.len().is_multiple_of(16));
-    // SAFETY: both are gate.len() long, a multiple of every vector.
-    unsafe {
-        for i in (0..gate.len()).step_by(S::LANES) {
+    for i in (0..gate.len()).step_by(S::LANES) {
+        // SAFETY: both are gate.len() long, a multiple of every vector.
+        unsafe {
             let at = gate.as_mut_ptr().add(i);
-            let g = S::load(at);
-            let e = exp::<S>(S::sub(S::f32(0.0), g));
-            let silu = S::div(g, S::add(S::f32(1.0), e));
-            S::store(at, S::mul(silu, S::load(up.as_ptr().add(i))));
+            let (g, u) = (S::load(at), S::load(up.as_ptr().add(i)));
+            let gated = match gating {
+                Gating::Activated(activation) => S::mul(activated::<S>(activation, g), u),
+                Gating::Clamped { alpha, limit } => {
+                    let (g, most) = (S::min(g, S::f32(limit)), S::f32(limit));
+                    let u = S::min(S::max(u, S::f32(-limit)), most);
+                    S::mul(sigmoid_times::<S>(g, S::f32(alpha)), S::add(u, S::f32(1.0)))
+                }
+            };
+            S::store(at, gated);
+        }
+    }
+}
+
+/// x = f(x), elementwise.
+#[inline(always)]
+unsafe fn activate<S: Simd>(activation: Activation, x: &mut [f32]) {
+    assert!(x.len().is_multiple_of(16));
+    for i in (0..x.len()).step_by(S::LANES) {
+        // SAFETY: x.len() is a multiple of every vector.
+        unsafe {
+            let at = x.as_mut_ptr().add(i);
+            S::store(at, activated::<S>(activation, S::load(at)));
+        }
+    }
+}
+
+/// x / (1 + exp(-alpha x)).
+#[inline(always)]
+unsafe fn sigmoid_times<S: Simd>(x: S::F, alpha: S::F) -> S::F {
+    // SAFETY: the caller's; no memory is touched.
+    unsafe {
+        let e = exp::<S>(S::sub(S::f32(0.0), S::mul(x, alpha)));
+        S::div(x, S::add(S::f32(1.0), e))
+    }
+}
+
+#[inline(always)]
+unsafe fn activated<S: Simd>(activation: Activation, x: S::F) -> S::F {
+    // SAFETY: the caller's; arrays are as wide as any vector.
+    unsafe {
+        match activation {
+            // (What is not a number stays so: vectors' maximum would make it 0.)
+            Activation::Relu => {
+                let mut lanes = [0f32; 16];
+                S::store(lanes.as_mut_ptr(), x);
+                lanes.iter_mut().filter(|x| **x < 0.0).for_each(|x| *x = 0.0);
+                S::load(lanes.as_ptr())
+            }
+            Activation::Silu => {
+                let e = exp::<S>(S::sub(S::f32(0.0), x));
+                S::div(x, S::add(S::f32(1.0), e))
+            }
+            // (1 + tanh(u)) / 2 is the sigmoid of 2u.
+            Activation::GeluTanh => {
+                let cubic = S::mul(S::mul(x, x), S::f32(0.044_715));
+                let alpha = S::mul(S::add(cubic, S::f32(1.0)), S::f32(1.595_769_1));
+                sigmoid_times::<S>(x, alpha)
+            }
+            Activation::Gelu => {
+                let half = S::mul(x, S::f32(0.5));
+                S::fma(half, erf::<S>(S::mul(x, S::f32(std::f32::consts::FRAC_1_SQRT_2))), half)
+            }
+        }
+    }
+}
+
+/// erf(x) within 2e-7 (Abramowitz and Stegun 1964, 7.1.26).
+#[inline(always)]
+unsafe fn erf<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the caller's; arrays are as wide as any vector.
+    unsafe {
+        let magnitude = S::max(x, S::sub(S::f32(0.0), x));
+        let t = S::div(S::f32(1.0), S::fma(S::f32(0.327_591_1), magnitude, S::f32(1.0)));
+        let mut sum = S::f32(1.061_405_4);
+        for c in [-1.453_152, 1.421_413_8, -0.284_496_72, 0.254_829_6] {
+            sum = S::fma(sum, t, S::f32(c));
+        }
+        let e = exp::<S>(S::sub(S::f32(0.0), S::mul(magnitude, magnitude)));
+        let positive = S::sub(S::f32(1.0), S::mul(S::mul(sum, t), e));
+        let (mut lanes, mut signs) = ([0f32; 16], [0f32; 16]);
+        S::store(lanes.as_mut_ptr(), positive);
+        S::store(signs.as_mut_ptr(), x);
+        lanes.iter_mut().zip(signs).for_each(|(lane, sign)| *lane = lane.copysign(sign));
+        S::load(lanes.as_ptr())
+    }
+}
+
+/// x = cap * tanh(x / cap), elementwise.
+#[inline(always)]
+unsafe fn soft_cap<S: Simd>(x: &mut [f32], cap: f32) {
+    assert!(x.len().is_multiple_of(16));
+    for i in (0..x.len()).step_by(S::LANES) {
+        // SAFETY: x.len() is a multiple of every vector.
+        unsafe {
+            let at = x.as_mut_ptr().add(i);
+            S::store(at, attention::soft_cap::<S>(S::load(at), cap));
         }
     }
 }
@@ -281,12 +380,12 @@ macro_rules! compile {
 
             fn for_format<F: Format>() -> matmul::Kernels {
                 let by_rows: &[Kernel] = const { &[$(quantized::<F, $n>),*] };
-                matmul::Kernels { by_rows, form: Form::of::<$simd, F>() }
+                matmul::Kernels { by_rows, form: ActivationLayout::of::<$simd, F>() }
             }
 
             fn for_float<W: matmul::FloatWeights>() -> matmul::Kernels {
                 let by_rows: &[Kernel] = const { &[$(float::<W, $n>),*] };
-                matmul::Kernels { by_rows, form: Form::Float }
+                matmul::Kernels { by_rows, form: ActivationLayout::Float }
             }
 
             fn matmul(block_type: BlockType) -> matmul::Kernels {
@@ -305,9 +404,9 @@ macro_rules! compile {
             /// # Safety
             /// The machine has the instruction set.
             $(#[target_feature(enable = $features)])?
-            unsafe fn lay_out(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
+            unsafe fn quantize_activations(form: ActivationLayout, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
                 // SAFETY: the caller's.
-                unsafe { matmul::lay_out::<$simd>(form, x, tile, r, n) }
+                unsafe { matmul::quantize_activations::<$simd>(form, x, tile, r, n) }
             }
 
             /// # Safety
@@ -329,9 +428,25 @@ macro_rules! compile {
             /// # Safety
             /// The machine has the instruction set.
             $(#[target_feature(enable = $features)])?
-            unsafe fn swiglu(gate: &mut [f32], up: &[f32]) {
+            unsafe fn gate(gating: Gating, gate: &mut [f32], up: &[f32]) {
                 // SAFETY: the caller's.
-                unsafe { super::swiglu::<$simd>(gate, up) }
+                unsafe { super::gate::<$simd>(gating, gate, up) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn activate(activation: Activation, x: &mut [f32]) {
+                // SAFETY: the caller's.
+                unsafe { super::activate::<$simd>(activation, x) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn soft_cap(x: &mut [f32], cap: f32) {
+                // SAFETY: the caller's.
+                unsafe { super::soft_cap::<$simd>(x, cap) }
             }
 
             /// # Safety
@@ -368,10 +483,12 @@ macro_rules! compile {
 
             pub(super) static KERNELS: Kernels = Kernels {
                 matmul,
-                lay_out,
+                quantize_activations,
                 rms_norm,
                 layer_norm,
-                swiglu,
+                gate,
+                activate,
+                soft_cap,
                 attend_f16,
                 attend_f32,
                 read,

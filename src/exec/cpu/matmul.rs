@@ -44,12 +44,12 @@ pub(super) struct Kernels {
     /// For 1, 2, ... activation rows; as many as a tile has at most.
     pub by_rows: &'static [Kernel],
     /// The activations that they read.
-    pub form: Form,
+    pub form: ActivationLayout,
 }
 
 /// How activations are laid out for a weight type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum ActivationLayout {
     /// f32, for float weights: for each column, one for each row of the tile.
     Float,
     /// Bytes with sums over the parts of a block that have scales of their own.
@@ -61,18 +61,18 @@ pub(super) enum Form {
     },
 }
 
-impl Form {
+impl ActivationLayout {
     /// The form that the kernel of a type reads.
     pub const fn of<S: Simd, F: Format>() -> Self {
         let signed = F::Values::WIDE && !S::UNSIGNED_WIDE;
-        Form::Bytes { subs: F::SUBS, offset: if signed { 0 } else { F::OFFSET } }
+        ActivationLayout::Bytes { subs: F::SUBS, offset: if signed { 0 } else { F::OFFSET } }
     }
 
     /// Dwords for one row of `cols` columns.
     pub fn row_dwords(self, cols: usize) -> usize {
         match self {
-            Form::Float => cols,
-            Form::Bytes { subs, .. } => cols / BLOCK * block_dwords(subs),
+            ActivationLayout::Float => cols,
+            ActivationLayout::Bytes { subs, .. } => cols / BLOCK * block_dwords(subs),
         }
     }
 }
@@ -90,17 +90,27 @@ const fn block_dwords(subs: usize) -> usize {
 /// # Panics
 /// If `tile` is shorter than `n` rows of the form.
 #[inline(always)]
-pub(super) unsafe fn lay_out<S: Simd>(form: Form, x: &[f32], tile: &mut [u32], r: usize, n: usize) {
+pub(super) unsafe fn quantize_activations<S: Simd>(
+    form: ActivationLayout,
+    x: &[f32],
+    tile: &mut [u32],
+    r: usize,
+    n: usize,
+) {
     match form {
-        Form::Float => {
+        ActivationLayout::Float => {
             for (x, group) in x.iter().zip(tile.chunks_exact_mut(n)) {
                 group[r] = x.to_bits();
             }
         }
         // SAFETY: the caller's.
-        Form::Bytes { subs: 1, offset } => unsafe { quantize::<S, 1>(x, offset, tile, r, n) },
+        ActivationLayout::Bytes { subs: 1, offset } => unsafe {
+            quantize::<S, 1>(x, offset, tile, r, n)
+        },
         // SAFETY: the caller's.
-        Form::Bytes { offset, .. } => unsafe { quantize::<S, 2>(x, offset, tile, r, n) },
+        ActivationLayout::Bytes { offset, .. } => unsafe {
+            quantize::<S, 2>(x, offset, tile, r, n)
+        },
     }
 }
 
@@ -168,10 +178,10 @@ unsafe fn beginning<S: Simd, F: Format, const N: usize, const SUB: usize>(
     tile: *const u32,
     r: usize,
 ) -> i32 {
-    match Form::of::<S, F>() {
-        Form::Bytes { offset: 0, .. } | Form::Float => 0,
+    match ActivationLayout::of::<S, F>() {
+        ActivationLayout::Bytes { offset: 0, .. } | ActivationLayout::Float => 0,
         // SAFETY: the caller's.
-        Form::Bytes { .. } => unsafe { *tile.add((9 + SUB) * N + r) as i32 },
+        ActivationLayout::Bytes { .. } => unsafe { *tile.add((9 + SUB) * N + r) as i32 },
     }
 }
 
@@ -445,8 +455,8 @@ pub(super) unsafe fn multiply(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::kernels::Isa;
-    use crate::backend::cpu::noise::Noise;
+    use crate::exec::cpu::kernels::Isa;
+    use crate::exec::cpu::noise::Noise;
     use crate::gguf::Tensor;
     use crate::quant::BlockType;
 
@@ -485,7 +495,7 @@ mod tests {
             for r in 0..n {
                 let row = &x[(t * tile + r) * panels.cols..][..panels.cols];
                 // SAFETY: the caller asks for available instruction sets only.
-                unsafe { (isa.kernels().lay_out)(form, row, tile_data, r, n) };
+                unsafe { (isa.kernels().quantize_activations)(form, row, tile_data, r, n) };
             }
         }
         let stride = panels.count() * ROWS;

@@ -1,9 +1,10 @@
-//! The CPU: panels of packed weights, a team of threads per pass, kernels chosen at run time.
+//! The CPU: panels of packed weights, a pool of threads per pass, kernels chosen at run time.
 //!
+//! - `stage`: operations with their weights, and the interpreter that runs them; `workspace`: activations;
 //! - `panel`: the form of the weights; `matmul`: products of a few rows with them;
-//! - `attention`: cache rows and attention; `kernels`: what is compiled for which instruction
-//!   set, over the vector operations of `simd`;
-//! - `team`: how threads share a pass; `probe`: what the machine can do at most.
+//! - `cache`: key and value rows; `attention`: attention over them;
+//! - `kernels`: what is compiled for which instruction set, over the vector operations of `simd`;
+//! - `pool`: how threads share a pass; `probe`: what the machine can do at most.
 //!
 //! Weights are packed once, when a model is loaded, unless they are to stay in the mapped file, as
 //! embedding tables do.
@@ -11,31 +12,34 @@
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 mod attention;
+mod cache;
 mod kernels;
 mod matmul;
 #[cfg(test)]
 mod noise;
 mod panel;
+mod pool;
 mod probe;
 mod simd;
-mod team;
+mod stage;
+#[cfg(test)]
+mod tests;
+mod workspace;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::{Backend, CacheShape, Pass, RotaryPairs, Rows};
+use super::{Executor, Loaded};
 use crate::error::{Error, Result};
+use crate::exec;
 use crate::gguf::{SharedTensor, Tensor};
-use crate::quant::BlockType;
-use attention::{Attention, Layers, Scratch};
-use kernels::{Kernels, LayerNorm};
-use matmul::Form;
+use crate::graph::Program;
 use panel::Panels;
-use team::{Crew, Team};
+use pool::Pool;
+use stage::Stage;
 
-pub use attention::Cache;
 pub use kernels::Isa;
 pub use probe::Readable;
 
@@ -49,13 +53,10 @@ const ALONE_MACS: usize = 4 << 20;
 /// An operation on fewer elements than this is not worth a barrier.
 const ALONE_ELEMENTS: usize = 32 << 10;
 
-/// Products of one input that are computed together: queries, keys and values.
-const MOST_PRODUCTS: usize = 3;
-
-/// The CPU as a backend.
-#[derive(Debug)]
+/// The CPU as an executor. Clones share their threads.
+#[derive(Debug, Clone)]
 pub struct Cpu {
-    team: Team,
+    pool: Arc<Pool>,
     isa: Isa,
     repack: bool,
 }
@@ -82,9 +83,9 @@ impl Cpu {
             0 => num_cpus::get_physical().min(num_cpus::get()),
             n => n,
         };
-        let team = Team::new(threads)
+        let pool = Pool::new(threads)
             .map_err(|e| Error::invalid(format!("cannot start {threads} threads: {e}")))?;
-        Ok(Cpu { team, isa, repack: true })
+        Ok(Cpu { pool: Arc::new(pool), isa, repack: true })
     }
 
     /// The same, but weights stay in their file and are packed anew whenever they are used: takes
@@ -101,53 +102,7 @@ impl Cpu {
 
     /// The threads that run.
     pub fn threads(&self) -> usize {
-        self.team.threads()
-    }
-}
-
-/// A packed weight matrix.
-#[derive(Debug)]
-pub struct Matrix {
-    panels: Panels,
-    bias: Option<Vec<f32>>,
-}
-
-/// A vector, padded with zeros.
-#[derive(Debug)]
-pub struct Vector(Vec<f32>);
-
-/// An embedding table in its file.
-#[derive(Debug)]
-pub struct Embedding(SharedTensor);
-
-/// Activations: rows of `width` f32, each padded with zeros to whole vectors.
-#[derive(Debug)]
-pub struct Buffer {
-    width: usize,
-    stride: usize,
-    data: Vec<f32>,
-}
-
-impl Buffer {
-    fn new(width: usize) -> Self {
-        Buffer { width, stride: width.next_multiple_of(LANES), data: Vec::new() }
-    }
-
-    fn rows(&self) -> usize {
-        self.data.len() / self.stride
-    }
-
-    /// Makes room for `rows` rows. Old contents stay: every verb writes whole rows.
-    fn set_rows(&mut self, rows: usize) {
-        self.data.resize(rows * self.stride, 0.0);
-    }
-
-    fn row(&self, i: usize) -> &[f32] {
-        &self.data[i * self.stride..][..self.stride]
-    }
-
-    fn row_mut(&mut self, i: usize) -> &mut [f32] {
-        &mut self.data[i * self.stride..][..self.stride]
+        self.pool.threads()
     }
 }
 
@@ -171,14 +126,23 @@ fn dequantized(tensor: &SharedTensor) -> Result<Vec<f32>> {
     Ok(out)
 }
 
-impl Backend for Cpu {
-    type Matrix = Matrix;
-    type Vector = Vector;
-    type Embedding = Embedding;
-    type Buffer = Buffer;
-    type Cache = Cache;
-    type Pass<'p> = CpuPass<'p>;
+impl Cpu {
+    /// A weight matrix in panels, packed or left in its file.
+    fn panels(&self, weight: &SharedTensor) -> Result<Panels> {
+        if !self.repack {
+            return Panels::mapped(weight);
+        }
+        let on_all = |parts: usize, job: &(dyn Fn(usize) + Sync)| {
+            self.pool.enter(true, |scope| scope.run(parts, job));
+        };
+        let panels = Panels::pack(&weight.view(), on_all)?;
+        // The panels hold it now: the mapped pages need not stay in memory too.
+        weight.release();
+        Ok(panels)
+    }
+}
 
+impl Executor for Cpu {
     fn describe(&self) -> String {
         let threads = match self.threads() {
             1 => "1 thread".to_owned(),
@@ -188,85 +152,14 @@ impl Backend for Cpu {
         format!("cpu ({}, {threads}{repacking})", self.isa)
     }
 
-    fn matrix(&self, weight: &SharedTensor, bias: Option<&SharedTensor>) -> Result<Matrix> {
-        if let Some(bias) = bias {
-            let view = bias.view();
-            assert_eq!(view.rows * view.cols, weight.view().rows, "one bias for each output");
-        }
-        let panels = if self.repack {
-            let on_all = |parts: usize, job: &(dyn Fn(usize) + Sync)| {
-                self.team.enter(true, |crew| crew.run(parts, job));
-            };
-            let panels = Panels::pack(&weight.view(), on_all)?;
-            // The panels hold it now: the mapped pages need not stay in memory too.
-            weight.release();
-            panels
-        } else {
-            Panels::mapped(weight)?
-        };
-        Ok(Matrix { panels, bias: bias.map(dequantized).transpose()? })
+    fn load(
+        self: Arc<Self>,
+        program: &Arc<Program>,
+        ops: Range<usize>,
+        loaded: Loaded<'_>,
+    ) -> Result<Box<dyn exec::Stage>> {
+        Ok(Box::new(Stage::load(self, program, ops, loaded)?))
     }
-
-    fn vector(&self, weight: &SharedTensor) -> Result<Vector> {
-        dequantized(weight).map(Vector)
-    }
-
-    fn embedding(&self, weight: &SharedTensor) -> Result<Embedding> {
-        readable(weight)?;
-        Ok(Embedding(weight.clone()))
-    }
-
-    fn buffer(&self, width: usize) -> Buffer {
-        Buffer::new(width)
-    }
-
-    fn cache(&self, shape: CacheShape) -> Cache {
-        Cache::new(shape)
-    }
-
-    fn move_rows(&self, cache: &mut Cache, moves: &[(usize, usize)]) -> Result<()> {
-        cache.move_rows(moves);
-        Ok(())
-    }
-
-    fn save_rows(&self, cache: &Cache, slots: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
-        cache.save_rows(slots, out);
-        Ok(())
-    }
-
-    fn load_rows(&self, cache: &mut Cache, slots: Range<usize>, bytes: &[u8]) -> Result<()> {
-        cache.load_rows(slots, bytes);
-        Ok(())
-    }
-
-    fn pass<R>(
-        &self,
-        rows: &Rows<'_>,
-        macs: usize,
-        record: impl FnOnce(&mut CpuPass<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let together = macs.saturating_mul(rows.len()) >= ALONE_MACS;
-        self.team.enter(together, |crew| {
-            record(&mut CpuPass { rows: *rows, crew, kernels: self.isa.kernels() })
-        })
-    }
-
-    fn read<'a>(&self, buffer: &'a Buffer, copy: &'a mut Vec<f32>) -> Result<&'a [f32]> {
-        if buffer.stride == buffer.width {
-            return Ok(&buffer.data);
-        }
-        copy.clear();
-        (0..buffer.rows()).for_each(|i| copy.extend_from_slice(&buffer.row(i)[..buffer.width]));
-        Ok(copy)
-    }
-}
-
-/// A pass under way on the CPU.
-#[derive(Clone, Copy)]
-pub struct CpuPass<'p> {
-    rows: Rows<'p>,
-    crew: &'p Crew<'p>,
-    kernels: &'static Kernels,
 }
 
 /// A pointer that threads may share, because each writes where no other does.
@@ -283,283 +176,19 @@ impl<T> Shared<T> {
     fn get(&self) -> *mut T {
         self.0
     }
+
+    /// `len` elements from `first` on.
+    ///
+    /// # Safety
+    /// They are there for as long as the slice is used, and nobody else uses them meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice(&self, first: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(first), len) }
+    }
 }
 
 /// The `part`-th of `parts` equal stretches of `0..count`.
 fn share(count: usize, part: usize, parts: usize) -> Range<usize> {
     count * part / parts..count * (part + 1) / parts
-}
-
-thread_local! {
-    /// Activations laid out for kernels; the leader's is used by all threads of a pass.
-    static LAID_OUT: RefCell<Vec<(Form, Vec<u32>)>> = const { RefCell::new(Vec::new()) };
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
-}
-
-impl CpuPass<'_> {
-    /// Runs `job` for each of `count` rows of `width` elements, on all threads if it pays.
-    fn each_row(&self, count: usize, width: usize, job: impl Fn(usize) + Sync) {
-        if count * width < ALONE_ELEMENTS || count == 1 {
-            (0..count).for_each(job);
-        } else {
-            let parts = self.crew.threads();
-            self.crew.run(parts, &|part| share(count, part, parts).for_each(&job));
-        }
-    }
-
-    fn multiply(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)], add: bool) {
-        let rows = x.rows();
-        assert!(to.len() <= MOST_PRODUCTS);
-        for (matrix, out) in to.iter_mut() {
-            assert_eq!((matrix.panels.cols, matrix.panels.rows), (x.width, out.width));
-            if add {
-                assert_eq!(out.rows(), rows);
-            } else {
-                out.set_rows(rows);
-            }
-        }
-        LAID_OUT.with_borrow_mut(|laid_out| {
-            // Products of one input mostly read one form of it, and never more than each its own.
-            let mut places = [0; MOST_PRODUCTS];
-            let mut forms = 0;
-            for (place, (matrix, _)) in places.iter_mut().zip(to.iter()) {
-                let form = (self.kernels.matmul)(matrix.panels.block_type).form;
-                *place = match laid_out[..forms].iter().position(|(f, _)| *f == form) {
-                    Some(at) => at,
-                    None => {
-                        if laid_out.len() == forms {
-                            laid_out.push((form, Vec::new()));
-                        }
-                        laid_out[forms].0 = form;
-                        self.lay_out(form, x, &mut laid_out[forms].1);
-                        forms += 1;
-                        forms - 1
-                    }
-                };
-            }
-            let targets: Vec<_> = to
-                .iter_mut()
-                .zip(places)
-                .map(|((m, out), place)| (&**m, Shared(out.data.as_mut_ptr()), out.stride, place))
-                .collect();
-            let (laid_out, parts) = (&*laid_out, self.crew.threads());
-            self.crew.run(parts, &|part| {
-                for (matrix, out, stride, place) in &targets {
-                    let panels = &matrix.panels;
-                    // SAFETY: the activations were laid out in this form, with the tile of the
-                    // kernels; `out` has `rows` rows of `stride`, and each part has panels of
-                    // its own. The kernels are those of this machine.
-                    unsafe {
-                        matmul::multiply(
-                            panels,
-                            share(panels.count(), part, parts),
-                            &(self.kernels.matmul)(panels.block_type),
-                            laid_out[*place].1.as_ptr(),
-                            rows,
-                            out.get(),
-                            *stride,
-                            matrix.bias.as_deref(),
-                            add,
-                        );
-                    }
-                }
-            });
-        });
-    }
-
-    /// Lays the rows of `x` out in tiles.
-    fn lay_out(&self, form: Form, x: &Buffer, out: &mut Vec<u32>) {
-        let tile = (self.kernels.matmul)(BlockType::F32).by_rows.len();
-        let (rows, row_dwords) = (x.rows(), form.row_dwords(x.width));
-        out.resize(rows * row_dwords, 0);
-        let out = Shared(out.as_mut_ptr());
-        // Rows of a tile interleave, so a tile is the unit that a thread can own.
-        let job = |t: usize| {
-            let n = tile.min(rows - t * tile);
-            // SAFETY: tile `t` is these n rows of `out`, and only this call touches it; the
-            // kernels are those of this machine.
-            unsafe {
-                let at = out.get().add(t * tile * row_dwords);
-                let to = std::slice::from_raw_parts_mut(at, n * row_dwords);
-                for r in 0..n {
-                    (self.kernels.lay_out)(form, &x.row(t * tile + r)[..x.width], to, r, n);
-                }
-            }
-        };
-        self.each_row(rows.div_ceil(tile), tile.min(rows) * x.width, job);
-    }
-}
-
-impl Pass<Cpu> for CpuPass<'_> {
-    fn embed(&mut self, table: &Embedding, out: &mut Buffer) {
-        let view = table.0.view();
-        let width = out.width;
-        out.set_rows(self.rows.len());
-        for (i, &token) in self.rows.tokens.iter().enumerate() {
-            view.block_type.dequantize(view.row(token as usize), &mut out.row_mut(i)[..width]);
-        }
-    }
-
-    fn add_positions(&mut self, table: &Embedding, x: &mut Buffer) {
-        let (view, width) = (table.0.view(), x.width);
-        let mut positions = vec![0.0; width];
-        for i in 0..self.rows.len() {
-            let position = self.rows.seen(i) - 1;
-            view.block_type.dequantize(view.row(position), &mut positions);
-            x.row_mut(i).iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
-        }
-    }
-
-    fn write(&mut self, rows: &[f32], out: &mut Buffer) {
-        let width = out.width;
-        assert_eq!(rows.len() % width, 0);
-        out.set_rows(rows.len() / width);
-        for (i, row) in rows.chunks_exact(width).enumerate() {
-            out.row_mut(i)[..width].copy_from_slice(row);
-        }
-    }
-
-    fn rms_norm(&mut self, x: &Buffer, weight: &Vector, epsilon: f32, out: &mut Buffer) {
-        assert_eq!(x.width, out.width);
-        let stride = x.stride;
-        out.set_rows(x.rows());
-        let to = Shared(out.data.as_mut_ptr());
-        self.each_row(x.rows(), x.width, |i| {
-            // SAFETY: row i of `out` belongs to this call; the kernels are this machine's.
-            unsafe {
-                let to = std::slice::from_raw_parts_mut(to.get().add(i * stride), stride);
-                (self.kernels.rms_norm)(x.row(i), x.width, &weight.0, epsilon, to);
-            }
-        });
-    }
-
-    fn layer_norm(
-        &mut self,
-        x: &Buffer,
-        weight: &Vector,
-        bias: &Vector,
-        epsilon: f32,
-        out: &mut Buffer,
-    ) {
-        assert_eq!(x.width, out.width);
-        let stride = x.stride;
-        let norm = LayerNorm { weight: &weight.0, bias: &bias.0, epsilon };
-        out.set_rows(x.rows());
-        let to = Shared(out.data.as_mut_ptr());
-        self.each_row(x.rows(), x.width, |i| {
-            // SAFETY: row i of `out` belongs to this call; the kernels are this machine's.
-            unsafe {
-                let to = std::slice::from_raw_parts_mut(to.get().add(i * stride), stride);
-                (self.kernels.layer_norm)(x.row(i), x.width, &norm, to);
-            }
-        });
-    }
-
-    fn linear(&mut self, x: &Buffer, to: &mut [(&Matrix, &mut Buffer)]) {
-        self.multiply(x, to, false);
-    }
-
-    fn linear_add(&mut self, x: &Buffer, weight: &Matrix, out: &mut Buffer) {
-        self.multiply(x, &mut [(weight, out)], true);
-    }
-
-    fn rotate_and_store(
-        &mut self,
-        q: &mut Buffer,
-        k: &mut Buffer,
-        v: &Buffer,
-        pairs: RotaryPairs,
-        cache: &mut Cache,
-        layer: usize,
-    ) {
-        let rows = self.rows;
-        let half = rows.rotations.len() / rows.len();
-        cache.reserve(layer, rows.first_slot + rows.len());
-        let Cache { shape, layers } = cache;
-        let width = shape.kv_heads * shape.head_dim;
-        for i in 0..rows.len() {
-            let rotations = &rows.rotations[i * half..][..half];
-            let q_width = q.width;
-            attention::rotate(&mut q.row_mut(i)[..q_width], shape.head_dim, rotations, pairs);
-            attention::rotate(&mut k.row_mut(i)[..width], shape.head_dim, rotations, pairs);
-            let (slot, k, v) = (rows.first_slot + i, &k.row(i)[..width], &v.row(i)[..width]);
-            match layers {
-                Layers::F16(layers) => attention::store(shape, &mut layers[layer], slot, k, v),
-                Layers::F32(layers) => attention::store(shape, &mut layers[layer], slot, k, v),
-            }
-        }
-    }
-
-    fn attend(
-        &mut self,
-        q: &Buffer,
-        cache: &Cache,
-        layer: usize,
-        window: Option<usize>,
-        out: &mut Buffer,
-    ) {
-        assert_eq!((q.width, q.rows()), (out.width, self.rows.len()));
-        out.set_rows(q.rows());
-        let heads = q.width / cache.shape.head_dim;
-        let window = window.unwrap_or(usize::MAX);
-        let a = Attention {
-            rows: self.rows,
-            shape: &cache.shape,
-            window,
-            group: heads / cache.shape.kv_heads,
-            q: &q.data,
-            out: out.data.as_mut_ptr(),
-            stride: q.stride,
-        };
-        let seen = (self.rows.line + self.rows.len()).min(window);
-        let parts = match seen * self.rows.len() * q.width {
-            n if n < ALONE_ELEMENTS => 1,
-            _ => self.crew.threads(),
-        };
-        let job = |part: usize| {
-            let heads = share(heads, part, parts);
-            SCRATCH.with_borrow_mut(|scratch| {
-                // SAFETY: the rows were stored, so the layer has all their slots; heads are
-                // shared out without overlap; the kernels are this machine's.
-                unsafe {
-                    match &cache.layers {
-                        Layers::F16(l) => (self.kernels.attend_f16)(&a, &l[layer], heads, scratch),
-                        Layers::F32(l) => (self.kernels.attend_f32)(&a, &l[layer], heads, scratch),
-                    }
-                }
-            });
-        };
-        self.crew.run(parts, &job);
-    }
-
-    fn swiglu(&mut self, gate: &mut Buffer, up: &Buffer) {
-        assert_eq!((gate.stride, gate.rows()), (up.stride, up.rows()));
-        let (stride, rows) = (gate.stride, gate.rows());
-        let to = Shared(gate.data.as_mut_ptr());
-        self.each_row(rows, stride, |i| {
-            // SAFETY: row i of `gate` belongs to this call; the kernels are this machine's.
-            unsafe {
-                let to = std::slice::from_raw_parts_mut(to.get().add(i * stride), stride);
-                (self.kernels.swiglu)(to, up.row(i));
-            }
-        });
-    }
-
-    fn relu(&mut self, x: &mut Buffer) {
-        let (stride, rows) = (x.stride, x.rows());
-        let to = Shared(x.data.as_mut_ptr());
-        self.each_row(rows, stride, |i| {
-            // SAFETY: row i of `x` belongs to this call.
-            let row = unsafe { std::slice::from_raw_parts_mut(to.get().add(i * stride), stride) };
-            // (What is not a number stays so.)
-            row.iter_mut().filter(|x| **x < 0.0).for_each(|x| *x = 0.0);
-        });
-    }
-
-    fn gather(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) {
-        out.set_rows(rows.len());
-        for (i, &row) in rows.iter().enumerate() {
-            out.row_mut(i).copy_from_slice(x.row(row as usize));
-        }
-    }
 }

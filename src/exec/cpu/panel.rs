@@ -226,7 +226,7 @@ fn layout(block_type: BlockType) -> Option<Layout> {
 /// Runs an expression with `F` bound to the [`Format`] of a quantized type.
 macro_rules! match_format {
     ($block_type:expr, $f:ident => $then:expr, _ => $otherwise:expr) => {{
-        use $crate::backend::cpu::panel as formats;
+        use $crate::exec::cpu::panel as formats;
         use $crate::quant::BlockType as T;
         macro_rules! then {
             ($t:ty) => {{

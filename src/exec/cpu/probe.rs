@@ -83,10 +83,10 @@ impl Cpu {
     /// Reads `data` once with all threads; bytes per second.
     pub fn read_bandwidth(&self, data: &Readable) -> f64 {
         let threads = self.threads();
-        let start = self.team.enter(true, |crew| {
-            crew.run(threads, &|_| ());
+        let start = self.pool.enter(true, |scope| {
+            scope.run(threads, &|_| ());
             let start = Instant::now();
-            crew.run(PARTS * threads, &|part| {
+            scope.run(PARTS * threads, &|part| {
                 let part = &data.0[share(data.0.len(), part, PARTS * threads)];
                 // SAFETY: the kernels are those of this machine.
                 std::hint::black_box(unsafe { (self.isa.kernels().read)(part) });
@@ -101,10 +101,10 @@ impl Cpu {
         const ROUNDS: usize = 50_000;
         let threads = self.threads();
         let seed = std::hint::black_box(0x0102_0304);
-        let seconds = self.team.enter(true, |crew| {
-            crew.run(threads, &|_| ());
+        let seconds = self.pool.enter(true, |scope| {
+            scope.run(threads, &|_| ());
             let start = Instant::now();
-            crew.run(PARTS * threads, &|_| {
+            scope.run(PARTS * threads, &|_| {
                 // SAFETY: the kernels are those of this machine.
                 std::hint::black_box(unsafe { (self.isa.kernels().products)(ROUNDS, seed) });
             });

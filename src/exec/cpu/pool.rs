@@ -1,4 +1,4 @@
-//! A team of threads for the operations of a forward pass.
+//! A pool of threads for the operations of a forward pass.
 //!
 //! A pass is a few hundred short operations. Forking and joining a thread pool for each costs 2
 //! to 30 microseconds, as much as some of them take. So the pool's threads are called once, then
@@ -22,18 +22,18 @@ const SPINS: u32 = 4096;
 
 /// Threads that work together during a pass. The calling thread is one of them.
 #[derive(Debug)]
-pub(super) struct Team {
+pub(super) struct Pool {
     /// The other threads; none if one thread is all.
-    pool: Option<rayon::ThreadPool>,
-    meeting: Arc<Meeting>,
+    others: Option<rayon::ThreadPool>,
+    barrier: Arc<Barrier>,
     /// Held during a pass: there is one leader at a time.
     leading: Mutex<()>,
 }
 
-impl Team {
-    /// A team of `threads`, the caller's included.
+impl Pool {
+    /// A pool of `threads`, the caller's included.
     pub fn new(threads: usize) -> Result<Self, rayon::ThreadPoolBuildError> {
-        let pool = match threads {
+        let others = match threads {
             0 | 1 => None,
             n => Some(
                 rayon::ThreadPoolBuilder::new()
@@ -42,38 +42,38 @@ impl Team {
                     .build()?,
             ),
         };
-        Ok(Team { pool, meeting: Arc::default(), leading: Mutex::new(()) })
+        Ok(Pool { others, barrier: Arc::default(), leading: Mutex::new(()) })
     }
 
-    /// Threads in the team.
+    /// Threads in the pool.
     pub fn threads(&self) -> usize {
-        1 + self.pool.as_ref().map_or(0, |pool| pool.current_num_threads())
+        1 + self.others.as_ref().map_or(0, |pool| pool.current_num_threads())
     }
 
-    /// Calls the team while `lead` runs on the calling thread; nobody if `!together`.
-    pub fn enter<R>(&self, together: bool, lead: impl FnOnce(&Crew<'_>) -> R) -> R {
-        let Some(pool) = self.pool.as_ref().filter(|_| together) else {
-            return lead(&Crew { meeting: None, threads: 1 });
+    /// Calls the threads while `lead` runs on the calling thread; nobody if `!together`.
+    pub fn enter<R>(&self, together: bool, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
+        let Some(others) = self.others.as_ref().filter(|_| together) else {
+            return lead(&Scope { barrier: None, threads: 1 });
         };
         let _leading = self.leading.lock().unwrap_or_else(|e| e.into_inner());
-        self.meeting.in_pass.store(true, Ordering::Release);
+        self.barrier.in_pass.store(true, Ordering::Release);
         // Ends the pass also when `lead` panics.
-        let _end = EndOfPass(&self.meeting);
-        if self.meeting.present.load(Ordering::Acquire) == 0 {
-            let meeting = self.meeting.clone();
-            pool.spawn_broadcast(move |_| meeting.attend());
+        let _end = EndOfPass(&self.barrier);
+        if self.barrier.present.load(Ordering::Acquire) == 0 {
+            let barrier = self.barrier.clone();
+            others.spawn_broadcast(move |_| barrier.attend());
         }
-        lead(&Crew { meeting: Some(&self.meeting), threads: self.threads() })
+        lead(&Scope { barrier: Some(&self.barrier), threads: self.threads() })
     }
 }
 
-/// The team during a pass.
-pub(super) struct Crew<'t> {
-    meeting: Option<&'t Meeting>,
+/// The threads during a pass.
+pub(super) struct Scope<'t> {
+    barrier: Option<&'t Barrier>,
     threads: usize,
 }
 
-impl Crew<'_> {
+impl Scope<'_> {
     /// Threads that may take part.
     pub fn threads(&self) -> usize {
         self.threads
@@ -82,19 +82,19 @@ impl Crew<'_> {
     /// Runs `job(part)` once for each of `parts` parts, on whichever threads are there, and
     /// returns when all are done.
     pub fn run(&self, parts: usize, job: &(dyn Fn(usize) + Sync)) {
-        match self.meeting {
-            Some(meeting) if parts > 1 => meeting.call(parts, job),
+        match self.barrier {
+            Some(barrier) if parts > 1 => barrier.call(parts, job),
             _ => (0..parts).for_each(job),
         }
     }
 }
 
-/// A job as the workers see it. The lifetime is erased: see [`Meeting::call`].
+/// A job as the workers see it. The lifetime is erased: see [`Barrier::call`].
 type Job = *const (dyn Fn(usize) + Sync);
 
 /// Where leader and workers meet.
 #[derive(Default)]
-struct Meeting {
+struct Barrier {
     /// The job at hand and its parts. Written by the leader only while nobody is at work.
     job: UnsafeCell<Option<(Job, usize)>>,
     /// The job's number (high half), whether it still takes helpers ([`OPEN`]), and how many
@@ -110,26 +110,26 @@ struct Meeting {
     present: AtomicUsize,
 }
 
-/// In [`Meeting::state`]: the job takes helpers.
+/// In [`Barrier::state`]: the job takes helpers.
 const OPEN: u64 = 1 << 31;
-/// In [`Meeting::state`]: the count of helpers.
+/// In [`Barrier::state`]: the count of helpers.
 const HELPERS: u64 = OPEN - 1;
 
 // SAFETY: `job` is written by the leader while the state is closed and counts no helper, and read
 // by workers only after they have counted themselves in while it was open; the leader waits for
 // the count to be 0 before it goes on. So it is never read and written at once, and its pointee,
 // which is `Sync`, is alive whenever it is used.
-unsafe impl Sync for Meeting {}
+unsafe impl Sync for Barrier {}
 // SAFETY: as above; the pointer in `job` is not used outside of a call.
-unsafe impl Send for Meeting {}
+unsafe impl Send for Barrier {}
 
-impl std::fmt::Debug for Meeting {
+impl std::fmt::Debug for Barrier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Meeting").field("present", &self.present).finish_non_exhaustive()
+        f.debug_struct("Barrier").field("present", &self.present).finish_non_exhaustive()
     }
 }
 
-impl Meeting {
+impl Barrier {
     /// Runs a job with whoever helps.
     fn call(&self, parts: usize, job: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. This function does not return, nor unwind, before
@@ -204,7 +204,7 @@ impl Meeting {
 }
 
 /// Says that no operation follows for now.
-struct EndOfPass<'a>(&'a Meeting);
+struct EndOfPass<'a>(&'a Barrier);
 
 impl Drop for EndOfPass<'_> {
     fn drop(&mut self) {
@@ -227,13 +227,13 @@ mod tests {
 
     #[test]
     fn every_part_of_every_job_is_done_once() {
-        let team = Team::new(4).unwrap();
+        let pool = Pool::new(4).unwrap();
         let counts: Vec<AtomicUsize> = (0..7).map(|_| AtomicUsize::new(0)).collect();
         for _ in 0..100 {
-            team.enter(true, |crew| {
-                assert_eq!(crew.threads(), 4);
+            pool.enter(true, |scope| {
+                assert_eq!(scope.threads(), 4);
                 for _ in 0..100 {
-                    crew.run(7, &|part| {
+                    scope.run(7, &|part| {
                         counts[part].fetch_add(1, Ordering::Relaxed);
                     });
                     let sum: usize = counts.iter().map(|c| c.load(Ordering::Relaxed)).sum();
@@ -246,14 +246,14 @@ mod tests {
 
     #[test]
     fn leaders_on_several_threads_do_not_disturb_each_other() {
-        let team = Team::new(3).unwrap();
+        let pool = Pool::new(3).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..200 {
                         let sum = AtomicUsize::new(0);
-                        team.enter(true, |crew| {
-                            crew.run(5, &|part| {
+                        pool.enter(true, |scope| {
+                            scope.run(5, &|part| {
                                 sum.fetch_add(part, Ordering::Relaxed);
                             });
                         });
@@ -265,17 +265,17 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_any_part_reaches_the_caller_and_the_team_goes_on() {
-        let team = Team::new(3).unwrap();
+    fn a_panic_in_any_part_reaches_the_caller_and_the_pool_goes_on() {
+        let pool = Pool::new(3).unwrap();
         for bad in 0..6 {
             let caught = catch_unwind(AssertUnwindSafe(|| {
-                team.enter(true, |crew| crew.run(6, &|part| assert_ne!(part, bad, "on purpose")));
+                pool.enter(true, |scope| scope.run(6, &|part| assert_ne!(part, bad, "on purpose")));
             }));
             assert!(caught.is_err());
         }
         let done = AtomicUsize::new(0);
-        team.enter(true, |crew| {
-            crew.run(6, &|_| {
+        pool.enter(true, |scope| {
+            scope.run(6, &|_| {
                 done.fetch_add(1, Ordering::Relaxed);
             });
         });

@@ -1,0 +1,244 @@
+//! Operations over tensors by name: what a family writes its forward pass with.
+
+use std::sync::Arc;
+
+use super::config::Hyperparameters;
+use super::tensors::Tensors;
+use crate::error::Result;
+use crate::gguf::{Gguf, SharedTensor};
+use crate::graph::{
+    Activation, Attention, BufferId, Builder, Gating, KvShape, Norm, NormKind, Program, RotaryId,
+    RotaryTable, WeightId,
+};
+
+/// The embedding, of which the logits may be made too.
+const EMBEDDING: &str = "token_embd.weight";
+
+/// Builds the program of one file. Tensors are named without what all of a layer's names begin with.
+pub struct Assembler<'a> {
+    keys: Hyperparameters<'a>,
+    tensors: Tensors,
+    graph: Builder,
+    /// What tensor names of the layer begin with.
+    prefix: String,
+}
+
+impl<'a> Assembler<'a> {
+    /// Nothing built yet, of a file with these hyperparameters.
+    ///
+    /// # Errors
+    /// The file does not say for how many positions the model was trained.
+    pub fn new(file: &Arc<Gguf>, keys: Hyperparameters<'a>) -> Result<Self> {
+        let context = keys.required("context_length")?;
+        Ok(Assembler {
+            keys,
+            tensors: Tensors::new(file),
+            graph: Builder::new(file.name(), context),
+            prefix: String::new(),
+        })
+    }
+
+    /// The file's hyperparameters.
+    pub fn keys(&self) -> Hyperparameters<'a> {
+        self.keys
+    }
+
+    /// The operations built so far, for those that need no tensor.
+    pub fn graph(&mut self) -> &mut Builder {
+        &mut self.graph
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    /// Begins layer `i`: names are those of its tensors from now on. Returns its number in the cache.
+    pub fn begin_layer(&mut self, i: usize, kv: KvShape) -> usize {
+        self.prefix = format!("blk.{i}.");
+        self.graph.begin_layer(kv)
+    }
+
+    /// Ends the layers: names are whole from now on.
+    pub fn end_layers(&mut self) {
+        self.prefix.clear();
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.has(&self.full(name))
+    }
+
+    /// The tensor called `name`, with `rows` outputs and `cols` inputs.
+    ///
+    /// # Errors
+    /// As [`Tensors::take`].
+    pub fn tensor(&mut self, name: &str, rows: usize, cols: usize) -> Result<SharedTensor> {
+        self.tensors.take(&self.full(name), rows, cols)
+    }
+
+    /// The numbers of the vector called `name`, if the file has it.
+    ///
+    /// # Errors
+    /// As [`Tensors::floats`].
+    pub fn floats(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
+        self.tensors.floats(&self.full(name), len)
+    }
+
+    /// The vector called `name`.
+    ///
+    /// # Errors
+    /// As [`Tensors::take`].
+    pub fn vector(&mut self, name: &str, len: usize) -> Result<WeightId> {
+        let tensor = self.tensor(name, 1, len)?;
+        Ok(self.graph.vector(tensor))
+    }
+
+    /// The matrix `name.weight` with `rows` outputs and `cols` inputs, and with `name.bias` if the file has it.
+    ///
+    /// # Errors
+    /// As [`Tensors::take`].
+    pub fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<WeightId> {
+        let tensor = self.tensor(&format!("{name}.weight"), rows, cols)?;
+        let bias = self.tensors.find(&self.full(&format!("{name}.bias")), 1, rows)?;
+        self.graph.matrix(tensor, bias)
+    }
+
+    /// Rows of the embedding of width `width` for the tokens, each times `scale`.
+    ///
+    /// # Errors
+    /// There is no embedding, or it has another width.
+    pub fn embed(&mut self, width: usize, scale: f32) -> Result<BufferId> {
+        let rows = self.tensors.rows(EMBEDDING);
+        let table = self.tensors.take(EMBEDDING, rows, width)?;
+        let table = self.graph.table(table);
+        self.graph.embed(table, scale)
+    }
+
+    /// RMSNorm of whole rows by the vector `name.weight`.
+    ///
+    /// # Errors
+    /// As [`Assembler::vector`].
+    pub fn rms_norm(&mut self, x: BufferId, name: &str, epsilon: f32) -> Result<BufferId> {
+        let weight = self.vector(&format!("{name}.weight"), self.graph.width(x))?;
+        self.graph.rms_norm(x, weight, epsilon)
+    }
+
+    /// RMSNorm of each head of `head_dim` elements by the vector `name.weight`, which all heads share.
+    ///
+    /// # Errors
+    /// As [`Assembler::vector`]; rows are no whole number of heads.
+    pub fn rms_norm_heads(
+        &mut self,
+        x: BufferId,
+        name: &str,
+        head_dim: usize,
+        epsilon: f32,
+    ) -> Result<BufferId> {
+        let weight = Some(self.vector(&format!("{name}.weight"), head_dim)?);
+        let kind = NormKind::Rms;
+        self.graph.norm(x, Norm { kind, weight, bias: None, epsilon, group: head_dim })
+    }
+
+    /// LayerNorm of whole rows by the vectors `name.weight` and `name.bias`.
+    ///
+    /// # Errors
+    /// As [`Assembler::vector`].
+    pub fn layer_norm(&mut self, x: BufferId, name: &str, epsilon: f32) -> Result<BufferId> {
+        let group = self.graph.width(x);
+        let weight = Some(self.vector(&format!("{name}.weight"), group)?);
+        let bias = Some(self.vector(&format!("{name}.bias"), group)?);
+        self.graph.norm(x, Norm { kind: NormKind::Layer, weight, bias, epsilon, group })
+    }
+
+    /// Products of `x` with matrices, each by its name and number of outputs.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn linear<const N: usize>(
+        &mut self,
+        x: BufferId,
+        matrices: [(&str, usize); N],
+    ) -> Result<[BufferId; N]> {
+        let cols = self.graph.width(x);
+        let mut weights = [WeightId(0); N];
+        for (weight, (name, rows)) in weights.iter_mut().zip(matrices) {
+            *weight = self.matrix(name, rows, cols)?;
+        }
+        self.graph.linear(x, weights)
+    }
+
+    /// Adds the product of `x` with a matrix to `out`.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn linear_add(&mut self, x: BufferId, name: &str, out: BufferId) -> Result<()> {
+        let (rows, cols) = (self.graph.width(out), self.graph.width(x));
+        let weight = self.matrix(name, rows, cols)?;
+        self.graph.linear_add(x, weight, out)
+    }
+
+    /// Rotations.
+    pub fn rotary(&mut self, table: RotaryTable) -> RotaryId {
+        self.graph.rotary(table)
+    }
+
+    /// Rotates queries and keys, stores keys and values in `layer`, and attends.
+    ///
+    /// # Errors
+    /// As [`Builder::rope_append_kv`] and [`Builder::attend`].
+    pub fn attend(
+        &mut self,
+        qkv: [BufferId; 3],
+        rotary: Option<RotaryId>,
+        layer: usize,
+        attention: Attention,
+    ) -> Result<BufferId> {
+        self.graph.rope_append_kv(qkv, rotary, layer)?;
+        self.graph.attend(qkv[0], layer, attention)
+    }
+
+    /// A gated feed-forward part with matrices `ffn_gate`, `ffn_up` and `ffn_down`, added to `out`.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn gated_ffn(
+        &mut self,
+        x: BufferId,
+        ffn_width: usize,
+        activation: Activation,
+        out: BufferId,
+    ) -> Result<()> {
+        let [gate, up] = self.linear(x, [("ffn_gate", ffn_width), ("ffn_up", ffn_width)])?;
+        self.graph.gate(Gating::Activated(activation), gate, up)?;
+        self.linear_add(gate, "ffn_down", out)
+    }
+
+    /// The rows of `x` whose logits are wanted.
+    pub fn select_rows(&mut self, x: BufferId) -> BufferId {
+        self.graph.select_rows(x)
+    }
+
+    /// Logits of hidden rows: by `output.weight`, or by the embedding where the file has no such tensor.
+    ///
+    /// # Errors
+    /// The matrix has another shape than the embedding.
+    pub fn logits(&mut self, x: BufferId) -> Result<BufferId> {
+        let (rows, cols) = (self.tensors.rows(EMBEDDING), self.graph.width(x));
+        let output = match self.tensors.find("output.weight", rows, cols)? {
+            Some(output) => output,
+            None => self.tensors.take(EMBEDDING, rows, cols)?,
+        };
+        let bias = self.tensors.find("output.bias", 1, rows)?;
+        let output = self.graph.matrix(output, bias)?;
+        Ok(self.graph.linear(x, [output])?[0])
+    }
+
+    /// The program, if every tensor of the file has a part in it.
+    ///
+    /// # Errors
+    /// As [`Tensors::finish`] and [`Builder::finish`].
+    pub fn finish(self, logits: BufferId) -> Result<Program> {
+        self.tensors.finish()?;
+        self.graph.finish(logits)
+    }
+}
