@@ -52,9 +52,7 @@ impl GpuCache {
         let widest = self.shapes.iter().map(|shape| self.words(shape)).max().unwrap_or(1);
         let limit = device.binding_limit() as usize / (4 * widest);
         if wanted > limit {
-            return Err(device.fault(format!(
-                "holds {limit} rows of context, {wanted} are wanted"
-            )));
+            return Err(device.fault(format!("holds {limit} rows of context, {wanted} are wanted")));
         }
         let slots = wanted.max(2 * self.slots).next_multiple_of(256).min(limit);
         let room = |shape: &KvShape| {

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::adapter::Adapter;
-use super::pipelines::Pipelines;
 use super::kernels::{Access, Kernel};
+use super::pipelines::Pipelines;
 use crate::error::{Error, Result};
 
 /// Bytes of the parameters of a dispatch.

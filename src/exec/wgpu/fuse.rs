@@ -11,8 +11,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::kernels::{Arithmetic, Function, MOST_OUTPUTS};
 use super::CHUNK;
+use super::kernels::{Arithmetic, Function, MOST_OUTPUTS};
 use crate::graph::{
     Attention, BufferId, Gating, Norm, NormKind, Op, Program, RotaryId, RowSet, WeightId,
 };
@@ -102,19 +102,57 @@ pub(super) struct Product {
 /// What a device does next.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Step {
-    Embed { table: WeightId, scale: f32, out: BufferId },
-    AddPositions { table: WeightId, x: BufferId },
-    Norm { x: BufferId, norm: Norm, out: BufferId, bytes: Option<Twin> },
+    Embed {
+        table: WeightId,
+        scale: f32,
+        out: BufferId,
+    },
+    AddPositions {
+        table: WeightId,
+        x: BufferId,
+    },
+    Norm {
+        x: BufferId,
+        norm: Norm,
+        out: BufferId,
+        bytes: Option<Twin>,
+    },
     /// A norm as bytes alone, without the factors of the rows.
-    NormScale { x: BufferId, weight: WeightId, to: Twin },
+    NormScale {
+        x: BufferId,
+        weight: WeightId,
+        to: Twin,
+    },
     /// Rows to bytes or halves, as the device's products have them.
-    Round { x: BufferId, to: Twin },
+    Round {
+        x: BufferId,
+        to: Twin,
+    },
     Product(Product),
-    RopeAppendKv { outs: [BufferId; 3], rotary: Option<RotaryId>, layer: usize },
-    Attend { q: BufferId, layer: usize, attention: Attention, out: BufferId, bytes: Option<Twin> },
+    RopeAppendKv {
+        outs: [BufferId; 3],
+        rotary: Option<RotaryId>,
+        layer: usize,
+    },
+    Attend {
+        q: BufferId,
+        layer: usize,
+        attention: Attention,
+        out: BufferId,
+        bytes: Option<Twin>,
+    },
     /// `x = function(x, y)`, with up to two numbers.
-    Elementwise { function: Function, x: BufferId, y: Option<BufferId>, numbers: [f32; 2], bytes: Option<Twin> },
-    SelectRows { x: BufferId, out: BufferId },
+    Elementwise {
+        function: Function,
+        x: BufferId,
+        y: Option<BufferId>,
+        numbers: [f32; 2],
+        bytes: Option<Twin>,
+    },
+    SelectRows {
+        x: BufferId,
+        out: BufferId,
+    },
 }
 
 /// The steps that some operations of a program become.
@@ -169,11 +207,9 @@ impl Fusion<'_> {
                 }
                 // (The other kernels of norms do not write bytes along.)
                 let bytes = match norm {
-                    Norm { kind: NormKind::Layer, weight: Some(_), bias: Some(_), group, .. }
-                        if group == self.width(x) =>
-                    {
-                        self.along(at, at + 1, out)
-                    }
+                    Norm {
+                        kind: NormKind::Layer, weight: Some(_), bias: Some(_), group, ..
+                    } if group == self.width(x) => self.along(at, at + 1, out),
                     _ => None,
                 };
                 self.write_along(out, bytes, Step::Norm { x, norm, out, bytes })
@@ -214,9 +250,7 @@ impl Fusion<'_> {
             Op::Add { x, y, scale } => {
                 self.elementwise(at, Function::Add, x, Some(y), [scale, 0.0])
             }
-            Op::Scale { x, scale } => {
-                self.elementwise(at, Function::Scale, x, None, [scale, 0.0])
-            }
+            Op::Scale { x, scale } => self.elementwise(at, Function::Scale, x, None, [scale, 0.0]),
             Op::SoftCap { x, cap } => self.elementwise(at, Function::SoftCap, x, None, [0.0, cap]),
             Op::SelectRows { x, out } => self.write(out, Step::SelectRows { x, out }),
             Op::Experts { .. } => unreachable!("experts are refused at load"),
@@ -258,7 +292,8 @@ impl Fusion<'_> {
             match groups.last_mut() {
                 Some(Product { matrices, .. })
                     if matrices.len() < MOST_OUTPUTS
-                        && self.matrix(weight).follows == matrices.last().map(|(last, _)| *last) =>
+                        && self.matrix(weight).follows
+                            == matrices.last().map(|(last, _)| *last) =>
                 {
                     matrices.push((weight, out));
                 }
@@ -439,5 +474,256 @@ pub(super) fn numbers(gating: Gating) -> [f32; 2] {
     match gating {
         Gating::Activated(_) => [0.0; 2],
         Gating::Clamped { alpha, limit } => [alpha, limit],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::exec::wgpu::tests::{Llama, SMALL, embedded, program, tensor};
+    use crate::graph::{Activation, Builder, KvShape};
+    use crate::quant::BlockType::{self, F16, F32, Q4_0, Q8_0};
+
+    /// What a device that multiplies quantized weights as `arithmetic` knows of a program's matrices: those of one
+    /// operation lie together where they are of one type.
+    fn matrices(program: &Program, arithmetic: Arithmetic) -> Vec<Option<MatrixFacts>> {
+        let block = |id: WeightId| program.weight(id).tensor.view().block_type;
+        let mut all = vec![None; program.weights.len()];
+        let mut add = |id: WeightId, follows: Option<WeightId>| {
+            let arithmetic = if block(id).is_float() { Arithmetic::F32 } else { arithmetic };
+            all[id.index()] = Some(MatrixFacts { arithmetic, tiles: true, whole: true, follows });
+        };
+        for op in &program.ops {
+            match op {
+                Op::Linear { products, .. } => {
+                    let mut before = None;
+                    for &(id, _) in products {
+                        add(id, before.filter(|before| block(*before) == block(id)));
+                        before = Some(id);
+                    }
+                }
+                Op::LinearAdd { weight, .. } => add(*weight, None),
+                _ => {}
+            }
+        }
+        all
+    }
+
+    fn steps_of(
+        program: &Program,
+        ops: Range<usize>,
+        arithmetic: Arithmetic,
+        class: RowClass,
+    ) -> Vec<Step> {
+        let matrices = &matrices(program, arithmetic)[..];
+        fuse(&Facts { program, matrices, fused: true }, ops, class)
+    }
+
+    /// The steps of a whole program in short.
+    fn steps(program: &Program, arithmetic: Arithmetic, class: RowClass) -> String {
+        in_short(&steps_of(program, 0..program.ops.len(), arithmetic, class))
+    }
+
+    /// Steps in short: of products `q`, if they read bytes or halves, how many matrices, and the epilogue; `'`
+    /// marks what writes bytes along.
+    fn in_short(steps: &[Step]) -> String {
+        let along = |bytes: &Option<Twin>| if bytes.is_some() { "'" } else { "" };
+        let name = |step: &Step| match step {
+            Step::Embed { .. } => "embed".to_owned(),
+            Step::AddPositions { .. } => "positions".to_owned(),
+            Step::Norm { bytes, .. } => "norm".to_owned() + along(bytes),
+            Step::NormScale { .. } => "scale".to_owned(),
+            Step::Round { .. } => "round".to_owned(),
+            Step::Product(product) => {
+                let rounded = if product.rounded.is_some() { "q" } else { "f" };
+                let epilogue = match product.epilogue {
+                    Epilogue::Store => "",
+                    Epilogue::Norm { .. } => "+norm",
+                    Epilogue::Gate { .. } => "+gate",
+                    Epilogue::Rope { .. } => "+rope",
+                };
+                format!("{rounded}{}{epilogue}", product.matrices.len())
+            }
+            Step::RopeAppendKv { .. } => "rope".to_owned(),
+            Step::Attend { bytes, .. } => "attend".to_owned() + along(bytes),
+            Step::Elementwise { bytes, .. } => "each".to_owned() + along(bytes),
+            Step::SelectRows { .. } => "select".to_owned(),
+        };
+        steps.iter().map(name).collect::<Vec<_>>().join(" ")
+    }
+
+    fn llama(types: [BlockType; 3]) -> Arc<Program> {
+        Llama { types, ..SMALL }.program()
+    }
+
+    const FEW: RowClass = RowClass { tiled: false, wanted_tiled: false, several: false };
+    const MANY: RowClass = RowClass { tiled: true, wanted_tiled: true, several: false };
+    const SEVERAL: RowClass = RowClass { several: true, ..FEW };
+    use Arithmetic::{F16 as Halves, F32 as Floats, Int8};
+
+    #[test]
+    fn a_llama_layer_of_bytes_is_five_dispatches() {
+        let program = llama([Q4_0; 3]);
+        let layer = "q3+rope attend' q1+norm q2+gate q1+norm";
+        assert_eq!(steps(&program, Int8, FEW), format!("embed scale {layer} {layer} q1 select"));
+        // Values of another type are another product.
+        let mixed = layer.replace("q3+rope", "q2+rope q1+rope");
+        let program = llama([Q4_0, Q8_0, Q4_0]);
+        assert_eq!(steps(&program, Int8, FEW), format!("embed scale {mixed} {mixed} q1 select"));
+    }
+
+    #[test]
+    fn where_products_end_as_they_are_the_same_bytes_are_made_by_others() {
+        let program = llama([Q4_0; 3]);
+        let layer = "scale q3 rope attend' q1 scale q2 each' q1";
+        let all = format!("embed {layer} {layer} scale q1 select");
+        assert_eq!(steps(&program, Int8, MANY), all);
+        let matrices = &matrices(&program, Int8)[..];
+        let facts = Facts { program: &program, matrices, fused: false };
+        assert_eq!(in_short(&fuse(&facts, 0..program.ops.len(), FEW)), all);
+        // Of several sequences rotations alone are apart.
+        let layer = "q3 rope attend' q1+norm q2+gate q1+norm";
+        assert_eq!(
+            steps(&program, Int8, SEVERAL),
+            format!("embed scale {layer} {layer} q1 select")
+        );
+        // Matrices in several parts have no epilogue.
+        let mut parts = matrices.to_vec();
+        parts.iter_mut().flatten().for_each(|facts| facts.whole = false);
+        let facts = Facts { program: &program, matrices: &parts, fused: true };
+        assert_eq!(in_short(&fuse(&facts, 0..program.ops.len(), FEW)), all);
+    }
+
+    #[test]
+    fn other_arithmetics_round_what_they_read() {
+        let program = llama([Q4_0; 3]);
+        let layer = "norm f3 rope attend f1 norm f2 each f1";
+        let floats = format!("embed {layer} {layer} norm f1 select");
+        assert_eq!(steps(&program, Floats, FEW), floats);
+        assert_eq!(steps(&llama([F16; 3]), Int8, FEW), floats);
+        let layer = "norm round q3 rope attend round q1 norm round q2 each round q1";
+        let halves = format!("embed {layer} {layer} norm round q1 select");
+        assert_eq!(steps(&program, Halves, FEW), halves);
+    }
+
+    #[test]
+    fn a_norm_that_floats_are_read_of_is_written() {
+        let program = llama([Q4_0, F16, Q4_0]);
+        let layer = "norm round q2 f1 rope attend' q1";
+        let feed_forward = "+norm q2+gate q1";
+        let all = format!("embed {layer}{feed_forward} {layer}{feed_forward}+norm q1 select");
+        assert_eq!(steps(&program, Int8, FEW), all);
+    }
+
+    fn norm(b: &mut Builder, kind: NormKind, x: BufferId, group: usize) -> BufferId {
+        let weight = Some(b.vector(tensor(F32, 1, group)));
+        let bias = (kind == NormKind::Layer).then(|| b.vector(tensor(F32, 1, group)));
+        b.norm(x, Norm { kind, weight, bias, epsilon: 1e-5, group }).unwrap()
+    }
+
+    fn matrix(b: &mut Builder, rows: usize, cols: usize) -> WeightId {
+        b.matrix(tensor(Q4_0, rows, cols), None).unwrap()
+    }
+
+    #[test]
+    fn a_layer_of_opt_rounds_nothing_on_its_own() {
+        let program = program(|b| {
+            let x = embedded(b, &tensor(F32, 4, 64));
+            let layer = b.begin_layer(KvShape { heads: 2, head_dim: 32 });
+            let normed = norm(b, NormKind::Layer, x, 64);
+            let qkv = [(); 3].map(|()| matrix(b, 64, 64));
+            let qkv = b.linear(normed, qkv).unwrap();
+            b.rope_append_kv(qkv, None, layer).unwrap();
+            let attention = Attention { scale: 0.2, window: None, soft_cap: None, sinks: None };
+            let attended = b.attend(qkv[0], layer, attention).unwrap();
+            let o = matrix(b, 64, 64);
+            b.linear_add(attended, o, x).unwrap();
+            let normed = norm(b, NormKind::Layer, x, 64);
+            let up = matrix(b, 96, 64);
+            let [up] = b.linear(normed, [up]).unwrap();
+            b.activate(Activation::Relu, up);
+            let down = matrix(b, 64, 96);
+            b.linear_add(up, down, x).unwrap();
+            x
+        });
+        let all = "embed norm' q3+rope attend' q1 norm' q1 each' q1 select";
+        assert_eq!(steps(&program, Int8, FEW), all);
+    }
+
+    #[test]
+    fn norms_of_heads_and_norms_after_products_are_on_their_own() {
+        let program = program(|b| {
+            let x = embedded(b, &tensor(F32, 4, 64));
+            let layer = b.begin_layer(KvShape { heads: 2, head_dim: 32 });
+            let qkv = [(); 3].map(|()| matrix(b, 64, 64));
+            let [q, k, v] = b.linear(x, qkv).unwrap();
+            let (q, k) = (norm(b, NormKind::Rms, q, 32), norm(b, NormKind::Rms, k, 32));
+            b.rope_append_kv([q, k, v], None, layer).unwrap();
+            let o = matrix(b, 64, 64);
+            let [made] = b.linear(q, [o]).unwrap();
+            let normed = norm(b, NormKind::Rms, made, 64);
+            b.add(x, normed, 1.0).unwrap();
+            x
+        });
+        let all = "embed round q3 norm norm rope round q1 norm each select";
+        assert_eq!(steps(&program, Int8, FEW), all);
+    }
+
+    #[test]
+    fn a_cut_leaves_floats_and_reads_floats() {
+        let program = llama([Q4_0; 3]);
+        let cut = program.layer_starts[1];
+        let at = |ops| in_short(&steps_of(&program, ops, Int8, FEW));
+        let layer = "q3+rope attend' q1+norm q2+gate q1";
+        assert_eq!(at(0..cut), format!("embed scale {layer}"));
+        assert_eq!(at(cut..program.ops.len()), format!("scale {layer}+norm q1 select"));
+        // In the middle of a layer: the norm is read by operations that are not here, and written; there it is rounded.
+        assert_eq!(at(0..2), "embed norm");
+        assert!(at(2..program.ops.len()).starts_with("round q3+rope attend'"));
+        // A gate whose result is read elsewhere, and gates that are.
+        let gates = program.ops.iter().position(|op| matches!(op, Op::Gate { .. })).unwrap();
+        assert!(at(0..gates + 1).ends_with("q2+gate"));
+        assert!(at(0..gates).ends_with("q1+norm q2"));
+        assert_eq!(at(gates..cut), "each' q1");
+    }
+
+    #[test]
+    fn what_a_step_reads_is_never_where_it_writes() {
+        for class in [FEW, MANY, SEVERAL] {
+            let program = llama([Q4_0; 3]);
+            for step in steps_of(&program, 0..program.ops.len(), Int8, class) {
+                let Step::Product(Product { rounded, epilogue, .. }) = step else { continue };
+                let Rounded { twin, .. } = rounded.unwrap();
+                if let Epilogue::Norm { to, .. } | Epilogue::Gate { to, .. } = epilogue {
+                    assert_ne!(twin, to);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_stay_until_the_last_product_has_read_them() {
+        // x is read by a product, then again after two others that have bytes of their own.
+        let program = program(|b| {
+            let x = embedded(b, &tensor(F32, 4, 64));
+            let normed = norm(b, NormKind::Rms, x, 64);
+            let first = matrix(b, 64, 64);
+            let [a] = b.linear(normed, [first]).unwrap();
+            let second = matrix(b, 64, 64);
+            let [c] = b.linear(a, [second]).unwrap();
+            let third = matrix(b, 64, 64);
+            b.linear_add(normed, third, c).unwrap();
+            c
+        });
+        let steps = steps_of(&program, 0..program.ops.len(), Int8, FEW);
+        assert_eq!(in_short(&steps), "embed scale q1 round q1 q1 select");
+        let read = |step: &Step| match step {
+            Step::Product(product) => Some(product.rounded.unwrap().twin),
+            _ => None,
+        };
+        let twins: Vec<_> = steps.iter().filter_map(read).collect();
+        assert_eq!(twins, [Twin(0), Twin(1), Twin(0)]);
     }
 }

@@ -211,9 +211,13 @@ impl Matmul {
             (false, Arithmetic::F32) => vec!["matmul_vec", "matmul_vec/f32"],
             (false, Arithmetic::Int8) => vec!["matmul_vec", "matmul_vec/int8"],
             (false, Arithmetic::F16) => vec!["matmul_vec", "matmul_vec/f16"],
-            (true, Arithmetic::F32) => vec!["matmul_tiled", "matmul_tiled/f32", "matmul_tiled/floats"],
+            (true, Arithmetic::F32) => {
+                vec!["matmul_tiled", "matmul_tiled/f32", "matmul_tiled/floats"]
+            }
             (true, Arithmetic::Int8) => vec!["matmul_tiled", "matmul_tiled/int8"],
-            (true, Arithmetic::F16) => vec!["matmul_tiled", "matmul_tiled/f16", "matmul_tiled/floats"],
+            (true, Arithmetic::F16) => {
+                vec!["matmul_tiled", "matmul_tiled/f16", "matmul_tiled/floats"]
+            }
         };
         files.push("matmul");
         match self.epilogue {
@@ -247,17 +251,33 @@ pub(super) enum Kernel {
     /// The same as bytes, without the factors of the rows, which products apply.
     RmsNormScale,
     /// A LayerNorm of whole rows, with weights and biases; `bytes`: written as bytes as well.
-    LayerNorm { bytes: bool },
+    LayerNorm {
+        bytes: bool,
+    },
     /// Any other norm.
-    GroupNorm { kind: NormKind, weight: bool, bias: bool },
+    GroupNorm {
+        kind: NormKind,
+        weight: bool,
+        bias: bool,
+    },
     Quantize,
     CastF16,
     Matmul(Matmul),
     RopeAppendKv(CacheType),
     /// `pairs` pairs of elements are read at once, for `queries` rows.
-    Attend { cache: CacheType, pairs: u32, queries: u32, bytes: bool },
-    AttendReduce { bytes: bool },
-    Elementwise { function: Function, bytes: bool },
+    Attend {
+        cache: CacheType,
+        pairs: u32,
+        queries: u32,
+        bytes: bool,
+    },
+    AttendReduce {
+        bytes: bool,
+    },
+    Elementwise {
+        function: Function,
+        bytes: bool,
+    },
     SelectRows,
     MoveRows,
     TopK,
@@ -343,7 +363,9 @@ impl Kernel {
                 vec!["attend", "sink", cached]
             }
             Kernel::AttendReduce { .. } => vec!["attend_reduce", "sink"],
-            Kernel::Elementwise { function, .. } => [vec!["elementwise"], function.files()].concat(),
+            Kernel::Elementwise { function, .. } => {
+                [vec!["elementwise"], function.files()].concat()
+            }
             Kernel::SelectRows => vec!["select_rows"],
             Kernel::MoveRows => vec!["move_rows"],
             Kernel::TopK => vec!["top_k", "sort"],
@@ -402,7 +424,10 @@ impl Kernel {
 
     /// Whether the sums of squares go with its bytes.
     fn writes_squares(&self) -> bool {
-        matches!(self, Kernel::RmsNormScale | Kernel::Matmul(Matmul { epilogue: Epilogue::Norm, .. }))
+        matches!(
+            self,
+            Kernel::RmsNormScale | Kernel::Matmul(Matmul { epilogue: Epilogue::Norm, .. })
+        )
     }
 
     /// Whether threads exchange sums.
@@ -520,7 +545,12 @@ impl Kernel {
             for cache in cache_types {
                 let pairs: &[u32] = if cache == CacheType::F16 { &[1, 2, 4] } else { &[1, 2] };
                 for &pairs in pairs {
-                    all.extend([1, QUERIES].map(|queries| Kernel::Attend { cache, pairs, queries, bytes }));
+                    all.extend([1, QUERIES].map(|queries| Kernel::Attend {
+                        cache,
+                        pairs,
+                        queries,
+                        bytes,
+                    }));
                 }
             }
         }
@@ -575,7 +605,11 @@ files! {
 }
 
 fn file(name: &str) -> &'static str {
-    FILES.iter().find(|(found, _)| *found == name).expect("kernels are joined from files that are there").1
+    FILES
+        .iter()
+        .find(|(found, _)| *found == name)
+        .expect("kernels are joined from files that are there")
+        .1
 }
 
 /// All text that kernels are made from: compiled ones are of no use to another version of it.

@@ -105,6 +105,7 @@ impl GpuStage {
                 ));
             }
         }
+        gpu.device.check()?;
         let weights = gpu.load_weights(program, ops.clone(), loaded)?;
         Ok(GpuStage::new(gpu, program.clone(), ops, weights))
     }
@@ -489,16 +490,22 @@ impl Pass<'_> {
         let storage = |id| self.workspace.storage(id);
         match *step {
             Step::Embed { table, scale, out } => self.look_up(table, scale, 0, false, out),
-            Step::AddPositions { table, x } => {
-                self.look_up(table, 1.0, self.positions_at, true, x)
-            }
+            Step::AddPositions { table, x } => self.look_up(table, 1.0, self.positions_at, true, x),
             Step::Norm { x, norm, out, bytes } => self.norm(x, norm, out, bytes),
             Step::NormScale { x, weight, to } => {
                 let shape = self.shape(x);
                 let buffers = vec![storage(x), self.stage.vector(Some(weight)).clone()];
                 let params = [shape.stride4(), shape.squares_at()];
                 let (groups, cost) = (shape.groups4(), shape.cost());
-                self.activations(Kernel::RmsNormScale, buffers, Some(to), shape, &params, groups, cost)
+                self.activations(
+                    Kernel::RmsNormScale,
+                    buffers,
+                    Some(to),
+                    shape,
+                    &params,
+                    groups,
+                    cost,
+                )
             }
             Step::Round { x, to } => {
                 let shape = self.shape(x);
@@ -755,14 +762,20 @@ impl Pass<'_> {
         (table.frequencies.len() as u32, halves, self.rotations_at[id.index()])
     }
 
-    fn rope(&mut self, [q, k, v]: [BufferId; 3], rotary: Option<RotaryId>, layer: usize) -> Result<()> {
+    fn rope(
+        &mut self,
+        [q, k, v]: [BufferId; 3],
+        rotary: Option<RotaryId>,
+        layer: usize,
+    ) -> Result<()> {
         let kv = self.stage.program.layers[layer];
         let (pairs, halves, rotations_at) = self.rotation(rotary);
         let (q_shape, k_shape) = (self.shape(q), self.shape(k));
         let heads = q_shape.width / kv.head_dim;
         let threads = heads * pairs as usize + kv.width();
         let [q, k, v] = [q, k, v].map(|id| self.workspace.storage(id));
-        for (Segment { rows, first_slot, .. }, cache) in self.rows.segments.iter().zip(&self.caches) {
+        for (Segment { rows, first_slot, .. }, cache) in self.rows.segments.iter().zip(&self.caches)
+        {
             let [keys, values] = cache.layer(layer);
             let params = [
                 heads as u32,

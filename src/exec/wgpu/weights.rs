@@ -327,7 +327,11 @@ impl Gpu {
         let program = Arc::new(Program {
             ops: vec![Op::Linear { x, products: vec![(WeightId(0), out)] }],
             buffers: vec![buffer(cols), buffer(rows)],
-            weights: vec![graph::Weight { tensor: tensor.clone(), bias, used_as: WeightUse::Matrix }],
+            weights: vec![graph::Weight {
+                tensor: tensor.clone(),
+                bias,
+                used_as: WeightUse::Matrix,
+            }],
             rotaries: Vec::new(),
             layers: Vec::new(),
             layer_starts: Vec::new(),
