@@ -1,4 +1,5 @@
-// out = softmax(q K^T / sqrt(head_dim)) V over what a row sees: the line, then its path in the tree.
+// out = softmax(scale q K^T) V over what a row sees: the line, then its path in the tree. A dispatch has rows of
+// one sequence.
 //
 // A workgroup has one query head of QUERIES rows and SPLIT positions, a thread to each. Where these are
 // several rows, each sees what the one before it does and more, so that keys and values are read once for
@@ -6,7 +7,7 @@
 // are added up by groups of threads, of which group g of G has the positions g, g + G and so on. Splits
 // are ranges of *positions*, and what is added in which order depends on positions alone, so the result
 // depends neither on slots nor on other rows. A row that sees more than one split leaves partial sums,
-// which combine.wgsl merges.
+// which attend_reduce.wgsl merges.
 
 struct Params {
     // Query heads that share a key/value head.
@@ -25,6 +26,10 @@ struct Params {
     splits: u32,
     // The most positions that a row attends to: the last of those that it sees.
     window: u32,
+    // If not zero: scores become cap * tanh(score / cap).
+    soft_cap: f32,
+    // Where the heads' sinks are (sink.wgsl), or NO_SINKS.
+    sinks_at: u32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<f32>;
@@ -57,6 +62,14 @@ fn slot(path: u32, position: u32) -> u32 {
     }
     let i = position - params.line;
     return params.line + ((data[path + 1u + (i >> 2u)] >> ((i & 3u) << 3u)) & 255u);
+}
+
+// (The argument is bounded: tanh of large numbers is not a number on some devices.)
+fn capped(score: f32) -> f32 {
+    if params.soft_cap == 0.0 {
+        return score;
+    }
+    return params.soft_cap * tanh(clamp(score / params.soft_cap, -16.0, 16.0));
 }
 
 @compute @workgroup_size(256)
@@ -147,7 +160,7 @@ fn main(
             for (var r = 0u; r < QUERIES; r++) {
                 let score = sum8(sums[k][r], index);
                 if lane == 0u && begin + i >= start[r] && begin + i < end[r] {
-                    scores[r * SPLIT + i] = score;
+                    scores[r * SPLIT + i] = capped(score);
                 }
             }
         }
@@ -230,7 +243,7 @@ fn main(
             // The sums of all become those of two pairs to a thread.
             workgroupBarrier();
             if index < pairs {
-                group_sums[index] = sum.xy / sum.z;
+                group_sums[index] = sum.xy / with_sink(sum.z, most[r], head);
             }
             workgroupBarrier();
             let first = head * params.head_dim + 4u * index;

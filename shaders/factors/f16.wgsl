@@ -1,10 +1,10 @@
 // The scales of the rows of x, which products have in halves.
 
-var<workgroup> factors: array<f32, COLUMNS>;
+var<workgroup> factors: array<f32, BATCH_ROWS>;
 
-fn prepare(first_column: u32, index: u32) {
-    if index < COLUMNS {
-        factors[index] = scales[min(first_column + index, params.columns - 1u)];
+fn prepare(first_batch_row: u32, index: u32) {
+    if index < BATCH_ROWS {
+        factors[index] = scales[min(first_batch_row + index, params.batch_rows - 1u)];
     }
 }
 

@@ -125,7 +125,7 @@ impl KvShape {
 }
 
 /// A function of one number.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// max(x, 0).
     Relu,

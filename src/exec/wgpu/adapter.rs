@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::shaders::MOST_THREADS;
+use super::kernels::MOST_THREADS;
 use crate::error::{Error, Result};
 
 /// A device that wgpu found, before it is opened.
@@ -125,7 +125,7 @@ impl Adapter {
             && limits.max_compute_workgroup_storage_size >= 30 << 10
     }
 
-    /// Whether its workgroups are large enough for products that do the verb that follows as well, and whether
+    /// Whether its workgroups are large enough for products that do the operation that follows as well, and whether
     /// these can be given enough buffers.
     pub(super) fn has_room_for_fused_products(&self) -> bool {
         let limits = &self.limits;

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::adapter::Adapter;
+use super::kernels::{Access, Kernel};
 use super::pipelines::Pipelines;
-use super::shaders::{Access, Shader};
 use crate::error::{Error, Result};
 
 /// Bytes of the parameters of a dispatch.
@@ -55,68 +55,129 @@ struct Faults {
 
 /// A dispatch, ready to be encoded.
 #[derive(Debug)]
-pub(super) struct Op {
-    pub shader: Shader,
-    pub pipeline: Arc<wgpu::ComputePipeline>,
-    pub group: wgpu::BindGroup,
-    pub groups: [u32; 3],
+struct Dispatch {
+    kernel: Kernel,
+    pipeline: Arc<wgpu::ComputePipeline>,
+    group: wgpu::BindGroup,
+    groups: [u32; 3],
     /// Rows and columns of a product's weights.
-    pub shape: Option<[u32; 2]>,
+    shape: Option<[usize; 2]>,
     /// Roughly how many multiplications it is.
-    pub cost: u64,
+    cost: u64,
 }
 
-impl Op {
+impl Dispatch {
     /// What it is, for tables.
     fn name(&self) -> String {
         let shape = self.shape.map(|[rows, cols]| format!(", {rows} x {cols}"));
-        self.shader.name() + &shape.unwrap_or_default()
+        self.kernel.name() + &shape.unwrap_or_default()
     }
 }
 
 /// What a pass leads to on the device: dispatches, and the words that they read.
 #[derive(Debug, Default)]
-pub(super) struct Work {
-    pub ops: Vec<Op>,
+struct Work {
+    dispatches: Vec<Dispatch>,
     /// Parameters of the dispatches, each at a multiple of the device's alignment.
-    pub params: Vec<u8>,
+    params: Vec<u8>,
     /// Words that shaders find in `data`.
-    pub data: Vec<u32>,
-    /// Copies that come first.
-    pub copies: Vec<Copy>,
+    data: Vec<u32>,
     /// Dispatches that were submitted, with their parameters, and words of `data` that were written.
     submitted: usize,
     written: usize,
 }
 
-/// From, to, bytes.
-type Copy = (Arc<Storage>, Arc<Storage>, u64);
-
 impl Work {
     fn clear(&mut self) {
-        self.ops.clear();
+        self.dispatches.clear();
         self.params.clear();
         self.data.clear();
-        self.copies.clear();
         (self.submitted, self.written) = (0, 0);
     }
 }
 
 /// The buffers of a pass: parameters and data. A pass takes one and gives it back.
 #[derive(Debug)]
-pub(super) struct Arena {
+struct Arena {
     params: wgpu::Buffer,
     data: wgpu::Buffer,
     group: wgpu::BindGroup,
-    pub work: Work,
-    /// Partial sums of attention, or the largest of slices of rows; activations as bytes, and their scales; the
-    /// largest of rows; other activations as bytes, and their scales.
-    pub scratch: [Option<Arc<Storage>>; 6],
+    work: Work,
 }
 
-fn encode_copies(encoder: &mut wgpu::CommandEncoder, copies: &[Copy]) {
-    for (from, to, bytes) in copies {
-        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, *bytes);
+/// Records the dispatches of a pass. What is recorded is handed to the device piece by piece, the last of it by
+/// [`Recorder::finish`].
+pub(super) struct Recorder<'d> {
+    device: &'d Device,
+    arena: Arena,
+}
+
+impl<'d> Recorder<'d> {
+    /// Begins a pass.
+    ///
+    /// # Errors
+    /// What the device reported before.
+    pub fn new(device: &'d Device) -> Result<Self> {
+        device.check()?;
+        Ok(Recorder { device, arena: device.arena() })
+    }
+
+    /// Words that kernels of this pass find from the returned place on.
+    pub fn data(&mut self, words: impl IntoIterator<Item = u32>) -> u32 {
+        let data = &mut self.arena.work.data;
+        let at = data.len() as u32;
+        data.extend(words);
+        at
+    }
+
+    /// Records a kernel over buffers, in as many workgroups; `cost` is roughly how many multiplications it is.
+    pub fn dispatch(
+        &mut self,
+        kernel: Kernel,
+        buffers: &[&Arc<Storage>],
+        params: &[u32],
+        groups: [usize; 3],
+        cost: usize,
+    ) -> Result<()> {
+        self.dispatch_shaped(kernel, buffers, params, groups, cost, None)
+    }
+
+    /// The same, for a product with a matrix of this shape.
+    pub fn dispatch_shaped(
+        &mut self,
+        kernel: Kernel,
+        buffers: &[&Arc<Storage>],
+        params: &[u32],
+        groups: [usize; 3],
+        cost: usize,
+        shape: Option<[usize; 2]>,
+    ) -> Result<()> {
+        if groups.contains(&0) {
+            return Ok(());
+        }
+        let Recorder { device, arena } = self;
+        device.submit_early(arena)?;
+        let work = &mut arena.work;
+        let at = work.dispatches.len() * device.params_step();
+        work.params.resize(at + device.params_step(), 0);
+        work.params[at..][..4 * params.len()].copy_from_slice(bytemuck::cast_slice(params));
+        work.dispatches.push(Dispatch {
+            kernel,
+            pipeline: device.pipeline(kernel),
+            group: device.group(kernel.access(), buffers),
+            groups: groups.map(|n| n as u32),
+            shape,
+            cost: cost as u64,
+        });
+        Ok(())
+    }
+
+    /// Hands the rest to the device, and does not wait for it.
+    pub fn finish(mut self) -> Result<()> {
+        self.device.submit(&mut self.arena)?;
+        self.arena.work.clear();
+        lock(&self.device.arenas).push(self.arena);
+        Ok(())
     }
 }
 
@@ -130,11 +191,13 @@ pub(super) struct Device {
     queue: wgpu::Queue,
     name: String,
     limits: wgpu::Limits,
+    /// Whether threads exchange sums in registers.
+    subgroups: bool,
     faults: Arc<Mutex<Faults>>,
     pass_layout: wgpu::BindGroupLayout,
     layouts: Mutex<HashMap<&'static [Access], (wgpu::BindGroupLayout, wgpu::PipelineLayout)>>,
     compiled: Pipelines,
-    pipelines: Mutex<HashMap<Shader, Arc<wgpu::ComputePipeline>>>,
+    pipelines: Mutex<HashMap<Kernel, Arc<wgpu::ComputePipeline>>>,
     arenas: Mutex<Vec<Arena>>,
     staging: Mutex<Vec<wgpu::Buffer>>,
     next_id: AtomicU64,
@@ -220,6 +283,7 @@ impl Device {
             device,
             queue,
             name,
+            subgroups,
             faults,
             pass_layout,
             layouts: Mutex::default(),
@@ -270,7 +334,7 @@ impl Device {
     }
 
     /// The distance of the parameters of two dispatches.
-    pub fn params_step(&self) -> usize {
+    fn params_step(&self) -> usize {
         PARAMS.next_multiple_of(self.limits.min_uniform_buffer_offset_alignment as usize)
     }
 
@@ -284,16 +348,48 @@ impl Device {
     }
 
     /// A buffer of zeros for shaders.
-    pub fn storage(&self, bytes: u64) -> Arc<Storage> {
+    ///
+    /// # Errors
+    /// It is larger than shaders can be given; there is no memory for it.
+    pub fn storage(&self, bytes: u64) -> Result<Arc<Storage>> {
         use wgpu::BufferUsages as Usage;
+        if bytes > self.binding_limit() {
+            let limit = self.binding_limit();
+            return Err(self.fault(format!("binds {limit} bytes at once, {bytes} are wanted")));
+        }
         let raw = self.buffer(bytes, Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST);
+        self.check()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Storage { id, raw, groups: Mutex::default() })
+        Ok(Arc::new(Storage { id, raw, groups: Mutex::default() }))
+    }
+
+    /// Replaces a buffer by a larger one, unless there is one of so many bytes already.
+    pub fn grow(&self, place: &mut Option<Arc<Storage>>, bytes: u64) -> Result<Arc<Storage>> {
+        if let Some(storage) = place
+            && storage.raw.size() >= bytes
+        {
+            return Ok(storage.clone());
+        }
+        let new = self.storage(bytes)?;
+        if place.is_some() {
+            self.replaced();
+        }
+        Ok(place.insert(new).clone())
     }
 
     /// Tells that a buffer was replaced by another.
     pub fn replaced(&self) {
         self.epoch.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Copies the first bytes of some buffers to others, before what is submitted next.
+    pub fn copy(&self, copies: &[(&Storage, &Storage, u64)]) -> Result<()> {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        for (from, to, bytes) in copies {
+            encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, *bytes);
+        }
+        self.queue.submit([encoder.finish()]);
+        self.check()
     }
 
     /// Whole words into a buffer, from a byte on. Many at a time take as much memory again until they are
@@ -353,27 +449,27 @@ impl Device {
         layout.clone()
     }
 
-    /// The compiled shader; the first time it is asked for it is compiled.
-    pub fn pipeline(&self, shader: Shader) -> Arc<wgpu::ComputePipeline> {
-        if let Some(pipeline) = lock(&self.pipelines).get(&shader) {
+    /// The compiled kernel; the first time it is asked for it is compiled.
+    fn pipeline(&self, kernel: Kernel) -> Arc<wgpu::ComputePipeline> {
+        if let Some(pipeline) = lock(&self.pipelines).get(&kernel) {
             return pipeline.clone();
         }
-        let source = wgpu::ShaderSource::Wgsl(shader.source().into());
-        let descriptor = wgpu::ShaderModuleDescriptor { label: Some(&shader.name()), source };
+        let source = wgpu::ShaderSource::Wgsl(kernel.source(self.subgroups).into());
+        let descriptor = wgpu::ShaderModuleDescriptor { label: Some(&kernel.name()), source };
         // SAFETY: without the checks a shader must not read or write outside its buffers, and its
         // loops must end. Every index is below what the parameters say, which are computed here
         // from the sizes of the buffers: rows and columns of the tensors that were uploaded whole
         // (each row filled up to whole groups of words), rows of activations below the capacity of
-        // their buffers, slots below the cache's, tokens below the vocabulary's size. Every loop
+        // their buffers, slots below the cache's, tokens and positions below the rows of their tables. Every loop
         // counts up to a parameter or constant.
         let module = unsafe {
             self.device
                 .create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
         };
-        let (_, layout) = self.layout(shader.access());
+        let (_, layout) = self.layout(kernel.access());
         let pipeline =
             Arc::new(self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                label: Some(&shader.name()),
+                label: Some(&kernel.name()),
                 layout: Some(&layout),
                 module: &module,
                 entry_point: Some("main"),
@@ -384,12 +480,12 @@ impl Device {
                 },
                 cache: self.compiled.cache(),
             }));
-        lock(&self.pipelines).insert(shader, pipeline.clone());
+        lock(&self.pipelines).insert(kernel, pipeline.clone());
         pipeline
     }
 
     /// The buffers, as a shader is given them. Kept with the last of them.
-    pub fn group(&self, access: &'static [Access], buffers: &[&Storage]) -> wgpu::BindGroup {
+    fn group(&self, access: &'static [Access], buffers: &[&Arc<Storage>]) -> wgpu::BindGroup {
         assert_eq!(access.len(), buffers.len());
         let (home, others) = buffers.split_last().expect("a shader has buffers");
         let mut ids = [0; 7];
@@ -417,18 +513,11 @@ impl Device {
     }
 
     /// The buffers of a pass, empty.
-    pub fn arena(&self) -> Arena {
-        if let Some(mut arena) = lock(&self.arenas).pop() {
-            arena.work.clear();
-            return arena;
-        }
-        let (params, data, group) = self.arena_buffers(16 << 10, 16 << 10);
-        Arena { params, data, group, work: Work::default(), scratch: [const { None }; 6] }
-    }
-
-    /// Takes the buffers of a pass back.
-    pub fn give_back(&self, arena: Arena) {
-        lock(&self.arenas).push(arena);
+    fn arena(&self) -> Arena {
+        lock(&self.arenas).pop().unwrap_or_else(|| {
+            let (params, data, group) = self.arena_buffers(16 << 10, 16 << 10);
+            Arena { params, data, group, work: Work::default() }
+        })
     }
 
     fn arena_buffers(
@@ -459,7 +548,7 @@ impl Device {
     }
 
     /// Hands the work of a pass to the device, and does not wait for it.
-    pub fn submit(&self, arena: &mut Arena) -> Result<()> {
+    fn submit(&self, arena: &mut Arena) -> Result<()> {
         if lock(&self.times).is_some() {
             self.write_words(arena);
             return self.submit_timed(arena);
@@ -470,8 +559,8 @@ impl Device {
     /// Hands over what a pass has recorded so far, if that is enough: the device begins while the rest is still
     /// being recorded. First a little, so that it begins soon, then more and more, since each submission
     /// has its price.
-    pub fn submit_early(&self, arena: &mut Arena) -> Result<()> {
-        let pending = arena.work.ops.len() - arena.work.submitted;
+    fn submit_early(&self, arena: &mut Arena) -> Result<()> {
+        let pending = arena.work.dispatches.len() - arena.work.submitted;
         if pending < FIRST_PIECE.max(arena.work.submitted) || lock(&self.times).is_some() {
             return Ok(());
         }
@@ -502,14 +591,13 @@ impl Device {
         self.write_words(arena);
         let budget = (lock(&self.speed).rate * SUBMISSION_SECONDS) as u64;
         let mut first = arena.work.submitted;
-        while first < arena.work.ops.len() || !arena.work.copies.is_empty() {
+        while first < arena.work.dispatches.len() {
             let mut cost = 0;
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            encode_copies(&mut encoder, &std::mem::take(&mut arena.work.copies));
             let mut pass = encoder.begin_compute_pass(&Default::default());
-            while first < arena.work.ops.len() && cost <= budget {
+            while first < arena.work.dispatches.len() && cost <= budget {
                 self.encode(&mut pass, arena, first);
-                cost += arena.work.ops[first].cost;
+                cost += arena.work.dispatches[first].cost;
                 first += 1;
             }
             drop(pass);
@@ -520,7 +608,7 @@ impl Device {
     }
 
     fn encode(&self, pass: &mut wgpu::ComputePass<'_>, arena: &Arena, i: usize) {
-        let op = &arena.work.ops[i];
+        let op = &arena.work.dispatches[i];
         let [x, y, z] = op.groups;
         pass.set_pipeline(&op.pipeline);
         pass.set_bind_group(0, &op.group, &[]);
@@ -636,11 +724,8 @@ impl Device {
     fn submit_timed(&self, arena: &Arena) -> Result<()> {
         let work = &arena.work;
         // Queries of one set are limited in number.
-        for (set, ops) in work.ops.chunks(1024).enumerate() {
+        for (set, ops) in work.dispatches.chunks(1024).enumerate() {
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            if set == 0 {
-                encode_copies(&mut encoder, &work.copies);
-            }
             let count = 2 * ops.len() as u32;
             let queries = self.device.create_query_set(&wgpu::QuerySetDescriptor {
                 label: None,

@@ -1,15 +1,18 @@
 //! Compiled shaders on disk: a later run need not compile them again.
 //!
-//! Many drivers keep such files themselves; others leave it to programs. There is one file for each device
-//! and driver, in the folder of [`crate::cached`]. Whatever goes wrong with it, shaders are compiled as if
-//! there were none.
+//! Many drivers keep such files themselves; others leave it to programs. There is one file for each device,
+//! driver and text of the shaders, in the folder of [`crate::cached`]. Whatever goes wrong with it, shaders are
+//! compiled as if there were none. Drivers run what such a file holds, so nobody else may have written it.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::adapter::Adapter;
+use super::kernels;
 use crate::cached;
 
 /// Files that have grown beyond so many bytes, by shaders of versions that are gone, are begun anew.
@@ -41,7 +44,9 @@ impl Pipelines {
             return Pipelines::default();
         };
         // Drivers do not know what others wrote, and may trust what they wrote themselves.
-        let made_by = [adapter.name(), &adapter.driver(), env!("CARGO_PKG_VERSION")].join("\n");
+        let text = format!("{:016x}", xxh3_64(kernels::all_text().as_bytes()));
+        let made_by =
+            [adapter.name(), &adapter.driver(), env!("CARGO_PKG_VERSION"), &text].join("\n");
         let path = folder.join(format!("shaders-{:016x}.bin", xxh3_64(made_by.as_bytes())));
         let data = read(&path);
         let descriptor = wgpu::PipelineCacheDescriptor {
@@ -50,9 +55,9 @@ impl Pipelines {
             // (Where the driver does not like the data, the cache is empty.)
             fallback: true,
         };
-        // SAFETY: the data must be what `get_data` gave. They are from a file that only `save` writes, of
-        // this device and driver by its name, and unchanged by its checksum; wgpu checks its own header
-        // and the driver's besides.
+        // SAFETY: the data must be what `get_data` gave. They are from a file that only this user's `save`
+        // writes, of this device, driver and text by its name, and unchanged by its checksum; wgpu checks its
+        // own header and the driver's besides.
         let cache = unsafe { device.create_pipeline_cache(&descriptor) };
         Pipelines { path, cache: Some(cache), added: AtomicBool::new(false) }
     }
@@ -75,17 +80,42 @@ impl Pipelines {
     }
 }
 
-/// What a file holds, if it is whole.
+/// What a file holds, if it is whole and nobody else can have written it.
 fn read(path: &Path) -> Option<Vec<u8>> {
-    let mut bytes = std::fs::read(path).ok()?;
+    let mut file = File::open(path).ok()?;
+    if !is_own(&file) {
+        return None;
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).ok()?;
     let (checksum, data) = bytes.split_first_chunk::<CHECKSUM>()?;
     let is_whole = u64::from_le_bytes(*checksum) == xxh3_64(data) && data.len() <= MOST_BYTES;
     is_whole.then(|| bytes.split_off(CHECKSUM))
 }
 
+/// Whether a file belongs to the user, and nobody else may write to it.
+#[cfg(unix)]
+fn is_own(file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let user = rustix::process::geteuid().as_raw();
+    file.metadata().is_ok_and(|found| found.uid() == user && found.mode() & 0o022 == 0)
+}
+
+/// (Elsewhere folders of a user are that user's alone.)
+#[cfg(not(unix))]
+fn is_own(_: &File) -> bool {
+    true
+}
+
 /// Writes what [`read`] reads.
 fn write(path: &Path, data: &[u8]) -> std::io::Result<()> {
-    cached::write(path, &[&xxh3_64(data).to_le_bytes()[..], data].concat())
+    cached::write(path, &[&xxh3_64(data).to_le_bytes()[..], data].concat())?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -103,6 +133,19 @@ mod tests {
         for broken in [&whole[..3], &whole[..whole.len() - 1], &[&whole[..], &[0]].concat()] {
             std::fs::write(&path, broken).unwrap();
             assert_eq!(read(&path), None);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_others_may_write_is_none() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("once.bin");
+        write(&path, b"shaders").unwrap();
+        for (mode, is_read) in [(0o620, false), (0o602, false), (0o644, true), (0o600, true)] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(read(&path).is_some(), is_read, "{mode:o}");
         }
     }
 }

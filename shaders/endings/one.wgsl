@@ -1,5 +1,0 @@
-// A product has one output.
-
-fn store_elsewhere(row: u32, column: u32, sum: f32) -> bool {
-    return false;
-}
