@@ -31,7 +31,8 @@ fn script(lm: &mut dyn Lm, seed: u64, vocab_size: usize) -> Vec<u32> {
     let mut random = Random(seed);
     let mut bits = Vec::new();
     for _ in 0..6 {
-        let len = 1 + random.below(if random.below(4) == 0 { 90 } else { 9 });
+        let most = if random.below(4) == 0 { 90 } else { 9 };
+        let len = 1 + random.below(most);
         let listed: Vec<Token> = (0..3).map(|_| random.below(vocab_size) as Token).collect();
         let mut batch = Batch::new();
         for i in 0..len.min(MAX_TREE) {

@@ -302,6 +302,11 @@ impl Executor for Gpu {
         format!("{} ({}, {})", adapter.name(), adapter.interface(), self.kernels())
     }
 
+    fn weight_memory(&self, _program: &Program, _ops: Range<usize>) -> u64 {
+        // (They lie in the device's own memory.)
+        0
+    }
+
     fn load(
         self: Arc<Self>,
         program: &Arc<Program>,
