@@ -431,14 +431,26 @@ impl Gguf {
 pub struct SharedTensor {
     file: Arc<Gguf>,
     index: usize,
-    /// Some rows of it; none for all.
-    rows: Option<Range<usize>>,
+    extent: Extent,
+}
+
+/// Which part of a tensor is meant.
+#[derive(Debug, Clone)]
+enum Extent {
+    Whole,
+    Rows(Range<usize>),
+    /// Elements of a vector of floats.
+    Elements(Range<usize>),
 }
 
 impl SharedTensor {
     /// The tensor called `name`, if `file` has it.
     pub fn find(file: &Arc<Gguf>, name: &str) -> Option<Self> {
-        file.index(name).map(|index| SharedTensor { file: file.clone(), index, rows: None })
+        file.index(name).map(|index| SharedTensor {
+            file: file.clone(),
+            index,
+            extent: Extent::Whole,
+        })
     }
 
     /// Some rows of it, counted from its first: such as the keys of a matrix that makes queries, keys and values.
@@ -451,20 +463,45 @@ impl SharedTensor {
             let what = format!("tensor `{}` has {} rows, not rows {rows:?}", view.name, view.rows);
             return Err(Error::format(view.file, what));
         }
-        let first = self.rows.as_ref().map_or(0, |rows| rows.start);
-        let rows = Some(first + rows.start..first + rows.end);
-        Ok(SharedTensor { file: self.file.clone(), index: self.index, rows })
+        let first = if let Extent::Rows(rows) = &self.extent { rows.start } else { 0 };
+        let extent = Extent::Rows(first + rows.start..first + rows.end);
+        Ok(SharedTensor { file: self.file.clone(), index: self.index, extent })
+    }
+
+    /// Some numbers of a vector of floats, such as the biases of keys.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it has fewer; [`Error::Unsupported`] if it is quantized.
+    pub fn elements(&self, elements: Range<usize>) -> Result<Self> {
+        let view = self.view();
+        if view.block_type.block_len() != 1 {
+            let what =
+                format!("tensor `{}` has the type {}, not floats", view.name, view.block_type);
+            return Err(Error::unsupported(view.file, what));
+        }
+        if view.rows != 1 || elements.start > elements.end || elements.end > view.cols {
+            let what = format!("tensor `{}` has no numbers {elements:?}", view.name);
+            return Err(Error::format(view.file, what));
+        }
+        let first = if let Extent::Elements(all) = &self.extent { all.start } else { 0 };
+        let extent = Extent::Elements(first + elements.start..first + elements.end);
+        Ok(SharedTensor { file: self.file.clone(), index: self.index, extent })
     }
 
     /// The tensor.
     pub fn view(&self) -> Tensor<'_> {
         let whole = self.file.view(&self.file.tensors[self.index]);
-        match &self.rows {
-            None => whole,
-            Some(rows) => {
+        match &self.extent {
+            Extent::Whole => whole,
+            Extent::Rows(rows) => {
                 let n = whole.row_bytes();
                 let bytes = &whole.bytes[rows.start * n..rows.end * n];
                 Tensor { rows: rows.len(), bytes, ..whole }
+            }
+            Extent::Elements(elements) => {
+                let n = whole.block_type.block_bytes();
+                let bytes = &whole.bytes[elements.start * n..elements.end * n];
+                Tensor { cols: elements.len(), bytes, ..whole }
             }
         }
     }
