@@ -165,7 +165,7 @@ impl TaskSet {
     /// It stands nowhere.
     pub fn frame(&mut self, template: &str) -> Result<()> {
         if !template.contains("{prompt}") {
-            return Err(Error::invalid("--template needs {prompt} where the prompt goes"));
+            return Err(Error::invalid("a frame needs {prompt} where the prompt goes"));
         }
         for task in &mut self.tasks {
             task.prompt = template.replace("{prompt}", &task.prompt);
