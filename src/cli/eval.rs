@@ -157,7 +157,10 @@ impl EvalArgs {
         if sets.is_empty() {
             sets.push(("built in".to_owned(), TaskSet::stories()));
             if self.model.is_none() {
-                let questions = TaskSet::parse("questions.jsonl", builtin_questions().map_err(of_option("--prompts"))?)?;
+                let questions = TaskSet::parse(
+                    "questions.jsonl",
+                    builtin_questions().map_err(of_option("--prompts"))?,
+                )?;
                 sets.push(("built in".to_owned(), questions));
             }
         }
@@ -248,9 +251,7 @@ fn that_fit(tasks: Vec<Task>, pair: &Pair, options: &SessionOptions) -> Result<V
     }
     if tasks.len() < all {
         let gone = all - tasks.len();
-        tell!(
-            "mtad: left out: {gone} prompts that do not fit the context of {capacity} tokens"
-        );
+        tell!("mtad: left out: {gone} prompts that do not fit the context of {capacity} tokens");
     }
     Ok(tasks)
 }
@@ -259,6 +260,10 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let grid = args.grid();
     let arms = grid.arms()?;
     let matched = args.matched(&arms)?;
+    #[cfg(feature = "spider")]
+    if let Ok(program) = std::env::current_exe() {
+        crate::eval::run_queries_with(program);
+    }
     let (tasks, described) = args.tasks()?;
     let strategies = &grid.strategies;
     // A draft that there is belongs to the evaluation, whether these strategies use it or not.

@@ -30,10 +30,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use console::{print_line, reader_left, tell};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::pair::{LoadOptions, builtin_file};
+use console::{print_line, reader_left, tell};
 
 /// Run a pair of quantized GGUF models with multi-token joint decoding
 #[derive(Debug, Parser)]
@@ -56,6 +56,10 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     Energy(Box<energy::EnergyArgs>),
     Devices(devices::DevicesArgs),
+    /// Answer queries for another process of this program
+    #[cfg(feature = "spider")]
+    #[command(name = crate::eval::ANSWER_QUERIES, hide = true)]
+    AnswerQueries,
 }
 
 /// Parses the command line and runs it.
@@ -120,13 +124,15 @@ fn run_command(command: &Command) -> Result<()> {
         Command::Quantize(args) => quantize::quantize(args),
         Command::Energy(args) => energy::energy(args),
         Command::Devices(args) => devices::devices(args),
+        #[cfg(feature = "spider")]
+        Command::AnswerQueries => crate::eval::answer_queries(),
     }
 }
 
 /// What the command line has to add to an error of the library, which knows of no options.
 fn hint(error: &Error) -> &'static str {
     match error {
-        Error::ContextFull { .. } => "; --ctx-size sets how many",
+        Error::ContextFull { .. } => " (--ctx-size)",
         Error::Quantized { .. } => " (--requantize)",
         _ => "",
     }
