@@ -224,7 +224,7 @@ impl Session {
         let cancel = self.cancel.clone();
         self.configure(Settings { strategy, ..Settings::default() }, true, &cancel)?;
         let started = self.start(prompt);
-        if !matches!(started, Err(ref error) if !matches!(error, Error::Cancelled)) {
+        if matches!(started, Ok(_) | Err(Error::Cancelled)) {
             self.fresh = true;
         }
         started
@@ -303,8 +303,7 @@ impl Session {
         cancel: &Arc<AtomicBool>,
     ) -> Result<()> {
         let target = Pieces::of_model(self.pair.target().shape().macs);
-        let draft =
-            self.pair.draft().map_or(target, |draft| Pieces::of_model(draft.shape().macs));
+        let draft = self.pair.draft().map_or(target, |draft| Pieces::of_model(draft.shape().macs));
         let decoding = match &mut self.decoding {
             Some(decoding) => {
                 match anew {
@@ -583,8 +582,7 @@ impl<'s> Generation<'s> {
             let ahead = std::mem::take(&mut self.session.ahead);
             return self.catch_up(&ahead);
         }
-        let block =
-            self.session.with(|decoding, models| Ok(decoding.next_block(models)?.cloned()));
+        let block = self.session.with(|decoding, models| Ok(decoding.next_block(models)?.cloned()));
         let block = match block {
             Ok(Some(block)) => block,
             Ok(None) => {

@@ -10,7 +10,9 @@ use serde_json::json;
 
 use super::console::tell;
 use super::metering::{MeterArgs, Metering, Work};
-use super::{DeviceArgs, interrupts, loading_bar, open_model, print_line, print_notes, progress_bar};
+use super::{
+    DeviceArgs, interrupts, loading_bar, open_model, print_line, print_notes, progress_bar,
+};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
 use crate::error::{Error, Result};

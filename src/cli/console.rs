@@ -85,10 +85,7 @@ impl Text {
     /// Shows a piece at once.
     pub(super) fn show(&mut self, text: &str) -> Result<()> {
         let text = if self.raw { Cow::Borrowed(text) } else { visible(text) };
-        self.out
-            .write_all(text.as_bytes())
-            .and_then(|()| self.out.flush())
-            .map_err(stdout_error)
+        self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()).map_err(stdout_error)
     }
 }
 
@@ -99,7 +96,10 @@ mod tests {
     #[test]
     fn control_characters_are_shown_and_json_stays_json() {
         assert_eq!(visible("a\tb\nä\u{1F600}"), "a\tb\nä\u{1F600}");
-        assert_eq!(visible("\x1b[2J\r\x07\x7f\u{9b}1m"), "\\u001b[2J\\u000d\\u0007\\u007f\\u009b1m");
+        assert_eq!(
+            visible("\x1b[2J\r\x07\x7f\u{9b}1m"),
+            "\\u001b[2J\\u000d\\u0007\\u007f\\u009b1m"
+        );
         assert_eq!(visible_name("a\nb\tc"), "a\\u000ab\\u0009c");
         let value = serde_json::json!({"k\u{9b}": "\x1b]0;x\x07\u{85}\x7f"});
         let line = visible(&value.to_string()).into_owned();

@@ -522,10 +522,7 @@ impl Measured {
             self.show(used.watts())
         );
         let per_token = self.show_uncertain(figures.per_token, figures.per_token_uncertainty);
-        tell!(
-            "J/token           {per_token}, {} tokens/J",
-            self.show(figures.tokens_per_joule)
-        );
+        tell!("J/token           {per_token}, {} tokens/J", self.show(figures.tokens_per_joule));
         if let Some((net, uncertainty)) = figures.per_token_net {
             tell!("  net of idle     {}", self.show_uncertain(net, uncertainty));
         }

@@ -90,7 +90,9 @@ impl Report<'_> {
         for tensor in self.fallbacks() {
             tell!(
                 "mtad: {}: its rows are no whole blocks of {}; stored as {}",
-                tensor.name, tensor.wanted, tensor.now
+                tensor.name,
+                tensor.wanted,
+                tensor.now
             );
         }
     }

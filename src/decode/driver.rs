@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
 use super::pieces::{Pieces, fill};
+use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
 use super::{Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result, TARGET};
 use crate::model::lm::{Lm, MAX_TREE, Token};

@@ -72,11 +72,7 @@ impl Distribution {
             }
             other => panic!("a row returned {other:?}, of which there is no distribution"),
         }
-        if self.left > 0.0 && self.left.is_finite() {
-            Ok(())
-        } else {
-            Err(not_finite())
-        }
+        if self.left > 0.0 && self.left.is_finite() { Ok(()) } else { Err(not_finite()) }
     }
 
     fn fill_from_logits(&mut self, logits: &[f32], warp: &Warp, path: Path<'_>) {
