@@ -33,7 +33,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::pair::{LoadOptions, builtin_file};
-use console::{print_line, reader_left, tell};
+use console::{print_line, reader_left, tell, visible_name};
 
 /// Run a pair of quantized GGUF models with multi-token joint decoding
 #[derive(Debug, Parser)]
@@ -100,14 +100,15 @@ fn parse() -> Result<Result<Command, ExitCode>> {
         error.print().map_err(|source| Error::io(console::STDOUT, source))?;
         return Ok(Err(ExitCode::SUCCESS));
     }
-    // An argument may be the name of a file that a shell filled in.
-    let harmful = |argument: OsString| argument.to_string_lossy().contains(char::is_control);
-    if std::env::args_os().any(harmful) {
-        tell!("{}", error.render());
-    } else {
-        // That it cannot be said changes nothing.
-        let _ = error.print();
-    }
+    // An argument may be the name of a file that a shell filled in: the error is that of arguments
+    // in which control characters are shown.
+    let shown = |argument: OsString| visible_name(&argument.to_string_lossy()).into_owned();
+    let error = match Cli::try_parse_from(std::env::args_os().map(shown)) {
+        Ok(_) => error,
+        Err(error) => error,
+    };
+    // That it cannot be said changes nothing.
+    let _ = error.print();
     Ok(Err(ExitCode::from(2)))
 }
 
