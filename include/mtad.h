@@ -475,7 +475,9 @@ mtad_status mtad_session_reset(mtad_session *session);
 mtad_status mtad_session_save(mtad_session *session, const char *path);
 
 // Begins a text: evaluates a prompt, except what it shares with the last text. Tokens that begin
-// a text are added as the model expects them. `flags`: MTAD_SPECIAL.
+// a text are added as the model expects them. `flags`: MTAD_SPECIAL. MTAD_ERROR_CANCELLED if
+// mtad_session_cancel stopped it: the prompt is the session's text then, and a generation
+// evaluates what is missing.
 mtad_status mtad_session_prompt(mtad_session *session,
                                 const char *text,
                                 size_t length,
@@ -496,8 +498,9 @@ mtad_status mtad_session_tokens(mtad_session *session,
 // evaluates nothing).
 mtad_status mtad_session_logits(mtad_session *session, float *logits, size_t room, size_t *count);
 
-// Stops the generation that is under way, if there is one, after its round. The one function of a
-// session that any thread may call at any time before the session is freed.
+// Stops the prompt that is being evaluated, within a second or so, or the generation that is under
+// way, after its round; if there is neither, it does nothing. The one function of a session
+// that any thread may call at any time before the session is freed.
 mtad_status mtad_session_cancel(const mtad_session *session);
 
 // Begins to measure energy, `rate` times a second, with the meter or the family of meters that

@@ -244,7 +244,7 @@ pub fn builtin_file(name: &str) -> Result<Gguf> {
     }
     #[cfg(not(feature = "builtin-pair"))]
     Err(Error::invalid(format!(
-        "this program was built without the built-in pair (`builtin:{name}`); name a file with --model"
+        "this program was built without the built-in pair (`builtin:{name}`); use a file"
     )))
 }
 
@@ -257,6 +257,6 @@ pub fn builtin_questions() -> Result<&'static str> {
     return Ok(include_str!("../models/questions.jsonl"));
     #[cfg(not(feature = "builtin-pair"))]
     Err(Error::invalid(
-        "this program was built without the built-in pair and its questions; name a file with --prompts",
+        "this program was built without the built-in pair and its questions; use a file of prompts",
     ))
 }

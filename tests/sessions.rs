@@ -236,3 +236,45 @@ fn single_precision_and_empty_sessions_are_restored_too() {
     second.resume(&request).unwrap().for_each(|piece| resumed.hear(piece.unwrap()));
     assert_eq!(resumed, told);
 }
+
+#[test]
+fn a_prompt_that_was_stopped_is_the_same_text_in_the_end() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let pair = Pair::builtin(true, &LoadOptions::default(), &mut |_, _| true).unwrap();
+    // Longer than what a round evaluates by itself.
+    let prompt = "Once upon a time there was a little dog. ".repeat(20);
+    for strategy in [Strategy::Mtad, Strategy::Speculative, Strategy::Sample] {
+        let stopped = Arc::new(AtomicBool::new(true));
+        let mut request = Request { max_tokens: Some(30), ..Request::default() };
+        request.settings = Settings { strategy, seed: 5, score: true, ..Settings::default() };
+        let text = |generation: mtad::Generation<'_>| -> String {
+            generation.map(|piece| piece.unwrap().text).collect()
+        };
+        let whole = text(
+            pair.session(&SessionOptions::default()).unwrap().generate(&prompt, &request).unwrap(),
+        );
+
+        let mut session = pair.session(&SessionOptions::default()).unwrap();
+        let asked = Request { cancel: stopped.clone(), ..request.clone() };
+        let mut generation = session.generate(&prompt, &asked).unwrap();
+        assert_eq!(generation.stop_reason(), Some(mtad::StopReason::Interrupt));
+        assert_eq!((generation.prefill().evaluated, generation.tokens().len()), (0, 0));
+        assert!(generation.next().is_none());
+        drop(generation);
+        // While it is still to stop, nothing is evaluated.
+        assert_eq!(text(session.resume(&asked).unwrap()), "");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        session.save(file.path()).unwrap();
+        assert_eq!(text(session.resume(&request).unwrap()), whole, "{strategy}");
+        let mut restored = pair.load_session(file.path(), &SessionOptions::default()).unwrap();
+        assert_eq!(text(restored.resume(&request).unwrap()), whole, "{strategy}");
+
+        // Without a request.
+        let mut session = pair.session(&SessionOptions::default()).unwrap();
+        session.cancel_prompts(stopped.clone());
+        assert!(matches!(session.prompt(&prompt, false), Err(mtad::Error::Cancelled)));
+        stopped.store(false, Ordering::Relaxed);
+        assert_eq!(text(session.resume(&request).unwrap()), whole, "{strategy}");
+    }
+}

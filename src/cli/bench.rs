@@ -8,8 +8,11 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::console::tell;
 use super::metering::{MeterArgs, Metering, Work};
-use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar};
+use super::{
+    DeviceArgs, interrupts, loading_bar, open_model, print_line, print_notes, progress_bar,
+};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
 use crate::engine::Model;
@@ -78,7 +81,7 @@ impl Observer for Watch {
     fn step(&mut self, done: usize, steps: usize) -> bool {
         self.bar.set_length(steps as u64);
         self.bar.set_position(done as u64);
-        true
+        !interrupts::asked()
     }
 
     fn generating(&mut self, begins: bool) {
@@ -100,7 +103,10 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
                 Some(path) => path.clone(),
                 None => scratch.insert(Scratch::new()).0.clone(),
             };
-            eprintln!("writing random weights to {}", path.display());
+            if args.keep.is_none() {
+                interrupts::remove_at_end(&path);
+            }
+            tell!("writing random weights to {}", path.display());
             synthetic.write(&path)?;
             Gguf::open(path)?
         }
@@ -166,7 +172,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.0) {
-            eprintln!("mtad: {}", Error::io(self.0.display().to_string(), error));
+            tell!("mtad: {}", Error::io(self.0.display().to_string(), error));
         }
     }
 }

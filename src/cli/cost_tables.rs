@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::console::tell;
 use crate::cached;
 use crate::decode::CostTable;
 use crate::error::{Error, Result};
@@ -17,9 +18,17 @@ use crate::pair::Pair;
 
 /// A cost table, alone or in the output of a run.
 pub(super) fn read(file: &Path) -> Result<CostTable> {
+    /// Far more than any table takes.
+    const LONGEST: u64 = 16 << 20;
     let name = file.display().to_string();
-    let text = std::fs::read_to_string(file).map_err(|error| Error::io(&name, error))?;
     let wrong = |what: String| Error::format(&name, what);
+    let io = |error| Error::io(&name, error);
+    // Asked first: opening a FIFO would wait for a writer.
+    let meta = std::fs::metadata(file).map_err(io)?;
+    if !meta.is_file() || meta.len() > LONGEST {
+        return Err(wrong("is not a regular file of a few kilobytes; a cost table is".to_owned()));
+    }
+    let text = std::fs::read_to_string(file).map_err(io)?;
     let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
     let table = json.get("cost_table").unwrap_or(&json);
     let entries = |key: &str| {
@@ -63,7 +72,7 @@ impl Kept {
         match read(path) {
             Ok(costs) => Some(Arc::new(costs)),
             Err(error) => {
-                eprintln!("mtad: {error}; measuring anew");
+                tell!("mtad: {error}; measuring anew");
                 None
             }
         }
@@ -74,7 +83,7 @@ impl Kept {
         let Some(path) = &self.0 else { return };
         let json = json!({ "cost_table": to_json(costs) }).to_string();
         if let Err(error) = cached::write(path, json.as_bytes()) {
-            eprintln!("mtad: the cost table is not kept: {}: {error}", path.display());
+            tell!("mtad: the cost table is not kept: {}: {error}", path.display());
         }
     }
 }

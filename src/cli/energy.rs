@@ -3,14 +3,15 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use clap::Args;
 use serde_json::{Value as Json, json};
 
+use super::console::tell;
+use super::interrupts::{self, Finishing};
 use super::metering::{Measured, Metering, PHASES, Work};
-use super::run::{RunArgs, clock_seed, watch_for_interrupts};
+use super::run::{RunArgs, clock_seed};
 use super::{print_line, print_notes, read_text, table};
 use crate::decode::Strategy;
 use crate::engine::SessionOptions;
@@ -103,7 +104,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     }
     let strategies = args.strategies();
     let prompts = args.prompts()?;
-    let cancel = Arc::new(AtomicBool::new(false));
+    let cancel = interrupts::flag();
     let first_seed = args.run.seed.unwrap_or_else(clock_seed);
     // The same seeds for all strategies, others with each repeat.
     let costs = args.run.costs()?;
@@ -117,12 +118,13 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
         |path: &PathBuf| File::create(path).map_err(|e| Error::io(path.display().to_string(), e));
     let csv = args.csv.as_ref().map(create).transpose()?;
 
-    watch_for_interrupts(cancel.clone());
     let mut metering = args.run.meters.start(Some(5.0))?;
     let drafting = strategies.iter().find(|s| s.needs_draft()).unwrap_or(&strategies[0]);
     let pair = metering.load(|| args.run.load(*drafting))?;
     print_notes(pair.take_notes());
     let options = args.run.session_options();
+    // What was measured until an interrupt is reported.
+    let _finishing = Finishing::first();
     for &strategy in &strategies {
         let mut warm_up = request(strategy, 0);
         warm_up.max_tokens = warm_up.max_tokens.map(|n| n.min(32));
@@ -130,7 +132,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     }
     let mut turns = Vec::new();
     'turns: for repeat in 0..args.repeats {
-        eprintln!("mtad: repeat {} of {}", repeat + 1, args.repeats);
+        tell!("mtad: repeat {} of {}", repeat + 1, args.repeats);
         for (prompt, text) in prompts.iter().enumerate() {
             // Who begins changes, so that nobody always comes after the same other.
             let shift = repeat as usize + prompt;
@@ -138,7 +140,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
                 let request = request(strategies[strategy], repeat);
                 let work = generate(&pair, &options, text, &request, &metering)?;
                 if cancel.load(Ordering::Relaxed) {
-                    eprintln!("mtad: interrupted; what was measured so far is reported");
+                    tell!("mtad: interrupted; what was measured so far is reported");
                     break 'turns;
                 }
                 turns.push(Turn { strategy, repeat, prompt, work });

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value as Json, json};
 
+use super::console::visible_name;
 use super::{open_model, print_line};
 use crate::error::Result;
 use crate::gguf::{Gguf, Value};
@@ -42,17 +43,18 @@ fn print(file: &Gguf) -> Result<()> {
         size(file.data_offset()),
     ))?;
     print_line(format_args!("\n{} metadata entries", file.metadata().len()))?;
-    let width = file.metadata().map(|(key, _)| key.len()).max().unwrap_or(0);
+    let width = file.metadata().map(|(key, _)| visible_name(key).len()).max().unwrap_or(0);
     for (key, value) in file.metadata() {
+        let key = visible_name(key);
         print_line(format_args!("  {key:width$}  {:6}  {value}", value.value_type()))?;
     }
     print_line(format_args!("\n{} tensors", file.tensors().len()))?;
-    let width = file.tensors().map(|t| t.name.len()).max().unwrap_or(0);
+    let width = file.tensors().map(|t| visible_name(t.name).len()).max().unwrap_or(0);
     let mut by_type = BTreeMap::new();
     let (mut weights, mut bytes) = (0u64, 0u64);
     for (tensor, dims) in file.tensors().zip(file.dims()) {
         let shape = dims.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
-        let (name, kind) = (tensor.name, tensor.block_type);
+        let (name, kind) = (visible_name(tensor.name), tensor.block_type);
         let len = tensor.bytes.len() as u64;
         print_line(format_args!("  {name:width$}  {kind:7}  {shape:>18}  {:>10}", size(len)))?;
         let count: u64 = dims.iter().product();

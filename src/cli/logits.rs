@@ -4,10 +4,13 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Args;
 
+use super::interrupts::{self, Finishing};
 use super::{DeviceArgs, loading_bar, open_model, print_notes};
+use crate::decode::Pieces;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::lm::{Batch, MAX_TREE, Row, Want};
@@ -57,7 +60,15 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     let io = |e: io::Error| Error::io(&path, e);
     let mut out = BufWriter::new(File::create(&args.out).map_err(io)?);
     out.write_all(&npy_header(args.tokens.len(), lm.vocab_size())).map_err(io)?;
-    for piece in args.tokens.chunks((args.batch as usize).min(MAX_TREE)) {
+    // What is not whole is removed before an interrupt ends the program.
+    let _finishing = Finishing::first();
+    let mut pieces = Pieces::of_model(model.shape().macs);
+    let mut left = &args.tokens[..];
+    while !left.is_empty() {
+        interrupts::check()?;
+        let clock = Instant::now();
+        let (piece, rest) = left.split_at(pieces.next(left.len()).min(args.batch as usize));
+        left = rest;
         let mut batch = Batch::new();
         for (i, &token) in piece.iter().enumerate() {
             batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
@@ -69,6 +80,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
             }
         }
         lm.keep(Some(Row(piece.len() as u32 - 1)))?;
+        pieces.took(piece.len(), clock.elapsed());
     }
     out.flush().map_err(io)
 }

@@ -3,13 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::HumanBytes;
 use serde_json::json;
 
-use super::run::watch_for_interrupts;
+use super::console::{tell, visible_name};
+use super::interrupts::{self, Finishing};
 use super::{print_line, progress_bar};
 use crate::error::{Error, Result};
 use crate::gguf::quantize::{Progress, Stored};
@@ -23,14 +22,15 @@ pub(super) fn with_progress<T: Send>(
     let threads = threads.map_or_else(num_cpus::get_physical, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|e| Error::invalid(format!("{threads} threads: {e}")))?;
-    let cancel = Arc::new(AtomicBool::new(false));
-    watch_for_interrupts(cancel.clone());
     let bar = progress_bar("{bar:40} {bytes}/{total_bytes} {eta} {msg}");
+    // Once there is a part of a file, an interrupt waits for it to be removed.
+    let mut writing = None;
     let mut progress = |tensor: &Stored, done, total| {
+        writing.get_or_insert_with(Finishing::first);
         bar.set_length(total);
         bar.set_position(done);
-        bar.set_message(tensor.name.clone());
-        !cancel.load(Ordering::Relaxed)
+        bar.set_message(visible_name(&tensor.name).into_owned());
+        !interrupts::asked()
     };
     let result = pool.install(|| work(&mut progress));
     bar.finish_and_clear();
@@ -88,9 +88,11 @@ impl Report<'_> {
     /// Says on standard error which tensors have another type than was asked for.
     pub fn print_fallbacks(&self) {
         for tensor in self.fallbacks() {
-            eprintln!(
+            tell!(
                 "mtad: {}: its rows are no whole blocks of {}; stored as {}",
-                tensor.name, tensor.wanted, tensor.now
+                tensor.name,
+                tensor.wanted,
+                tensor.now
             );
         }
     }

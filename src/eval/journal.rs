@@ -46,7 +46,7 @@ impl Journal {
                 }
                 if sound == 0 && line.trim_end() != head {
                     return Err(Error::invalid(format!(
-                        "{name} is of another pair, other tasks or other settings; name another --out, or remove it"
+                        "{name} is of another pair, other tasks or other settings; use another folder, or remove it"
                     )));
                 }
                 if sound > 0 {

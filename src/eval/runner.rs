@@ -162,7 +162,8 @@ impl Runner<'_> {
         if self.cancel.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let score = self.tasks[task].answer.as_ref().map(|answer| answer.score(&text));
+        let answer = self.tasks[task].answer.as_ref();
+        let score = answer.map(|answer| answer.try_score(&text)).transpose()?;
         let outcome = Outcome::new(&arm.label, task, repeat, text, &generation);
         Ok(Some(Outcome { score, ..outcome }))
     }

@@ -60,12 +60,11 @@ fn plan(file: &Gguf, options: &Options) -> Result<Vec<Stored>> {
             return Err(Error::unsupported(file.name(), what));
         }
         if now != was && !was.is_float() && !options.requantize {
-            return Err(Error::invalid(format!(
-                "{}: tensor `{}` is {was}, quantized already; begin with an F16 or F32 file, or say \
-                 --requantize to add one rounding to the other",
-                file.name(),
-                tensor.name
-            )));
+            return Err(Error::Quantized {
+                file: file.name().to_owned(),
+                tensor: tensor.name.to_owned(),
+                found: was.to_string(),
+            });
         }
         let elements = (tensor.rows * tensor.cols) as u64;
         stored.push(Stored::new(tensor.name, elements, was, chosen));

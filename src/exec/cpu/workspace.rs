@@ -118,7 +118,8 @@ impl Workspace {
         }
         for (buffer, &width) in self.expert.iter_mut().zip(&self.expert_widths) {
             let len = rows.len() * width.next_multiple_of(LANES);
-            reserve(&mut buffer.data, len.saturating_sub(buffer.data.len()))?;
+            let more = len.saturating_sub(buffer.data.len());
+            reserve(&mut buffer.data, more)?;
         }
         // (At most twice an f32 for each element, and of so few layouts that each has one here.)
         for (_, quantized) in &mut self.quantized {
