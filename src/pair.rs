@@ -26,6 +26,8 @@ pub struct LoadOptions {
     /// Whether the CPU packs weights for its kernels when they are loaded; see
     /// [`Cpu::without_repacking`].
     pub repack: bool,
+    /// Whether files are mapped; otherwise they are read into memory: see [`Gguf::read`].
+    pub mmap: bool,
 }
 
 impl Default for LoadOptions {
@@ -36,6 +38,7 @@ impl Default for LoadOptions {
             gpu_layers: None,
             threads: 0,
             repack: true,
+            mmap: true,
         }
     }
 }
@@ -47,6 +50,14 @@ impl LoadOptions {
     /// As [`Device::named`].
     pub fn device(&self) -> Result<Device> {
         Device::named(&self.device, self.cpu()?, self.gpu_layers)
+    }
+
+    /// Opens a model's file as the options say.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Gguf> {
+        if self.mmap { Gguf::open(path) } else { Gguf::read(path) }
     }
 
     fn cpu(&self) -> Result<Cpu> {
@@ -94,8 +105,8 @@ impl Pair {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Self> {
-        let draft = draft.map(Gguf::open).transpose()?;
-        Self::from_files(Gguf::open(target)?, draft, options, progress)
+        let draft = draft.map(|draft| options.open(draft)).transpose()?;
+        Self::from_files(options.open(target)?, draft, options, progress)
     }
 
     /// The pair that is part of the program, without its draft if `with_draft` is false.
@@ -174,6 +185,12 @@ impl Pair {
     /// The small model that proposes tokens, if there is one.
     pub fn draft(&self) -> Option<&Model> {
         self.draft.as_ref()
+    }
+
+    /// The files that the models are from, which no output may replace.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        let models = [Some(&self.target), self.draft.as_ref()];
+        models.into_iter().flatten().flat_map(|model| model.file().files()).map(Path::new)
     }
 
     /// What a person should know of where the models run; see [`Model::take_notes`].

@@ -109,6 +109,11 @@ struct DeviceArgs {
     #[arg(long)]
     no_repack: bool,
 
+    /// Read model files into memory instead of mapping them: more memory and a slower start, but a
+    /// file that another program cuts short or rewrites meanwhile does no harm
+    #[arg(long)]
+    no_mmap: bool,
+
     /// The most tokens that prompt and text may have together [default: what the model was
     /// trained for]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -123,6 +128,7 @@ impl DeviceArgs {
             gpu_layers: self.gpu_layers.map(|n| n as usize),
             threads: self.threads.map_or(0, usize::from),
             repack: !self.no_repack,
+            mmap: !self.no_mmap,
         }
     }
 
@@ -150,9 +156,14 @@ fn print_line(line: impl std::fmt::Display) -> Result<()> {
 /// Opens a model file, or a part of the built-in pair by the name `builtin:target` or
 /// `builtin:draft`.
 fn open_model(path: &std::path::Path) -> Result<Gguf> {
+    open_model_as(path, &LoadOptions::default())
+}
+
+/// The same as the options say.
+fn open_model_as(path: &std::path::Path, options: &LoadOptions) -> Result<Gguf> {
     match path.to_str().and_then(|p| p.strip_prefix("builtin:")) {
         Some(name) => builtin_file(name),
-        None => Gguf::open(path),
+        None => options.open(path),
     }
 }
 
