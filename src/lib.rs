@@ -27,10 +27,11 @@
 //! | module | what is there | may import |
 //! |---|---|---|
 //! | [`error`] | the one error type | nothing |
-//! | `cached` | files that can be made again: where they are kept | nothing |
+//! | `files` | files as the program writes them, every one: whole or not at all | `error` |
+//! | `cached` | files that can be made again: where they are kept, and under what key | `error`, `files` |
 //! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
-//! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
-//! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
+//! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `files`, `quant` |
+//! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `files`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
 //! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `cached`, `quant`, `gguf` |
 //! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
@@ -60,6 +61,7 @@ pub mod decode;
 pub mod energy;
 pub mod error;
 pub mod eval;
+mod files;
 pub mod generation;
 pub mod gguf;
 pub mod model;

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 /// same in words.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
-    ("cached", &[]),
+    ("files", &["error"]),
+    ("cached", &["error", "files"]),
     ("quant", &[]),
-    ("gguf", &["error", "quant"]),
-    ("convert", &["error", "quant", "gguf"]),
+    ("gguf", &["error", "files", "quant"]),
+    ("convert", &["error", "files", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
     ("backend", &["error", "cached", "quant", "gguf", "backend"]),
     ("model", &["error", "quant", "gguf", "backend", "model"]),
