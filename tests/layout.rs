@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 /// same in words.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
-    ("cached", &[]),
+    ("files", &["error"]),
+    ("cached", &["error", "files"]),
     ("lm", &["error"]),
     ("quant", &[]),
-    ("gguf", &["error", "quant"]),
-    ("convert", &["error", "quant", "gguf"]),
+    ("gguf", &["error", "files", "quant"]),
+    ("convert", &["error", "files", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
     ("graph", &["error", "gguf"]),
     ("models", &["error", "gguf", "graph"]),

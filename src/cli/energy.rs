@@ -1,7 +1,6 @@
 //! `mtad energy`: joules per token of strategies side by side.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
@@ -16,6 +15,7 @@ use super::{print_line, print_notes, read_text, table};
 use crate::decode::Strategy;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::generation::Request;
 use crate::pair::Pair;
 
@@ -114,14 +114,14 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     };
     strategies.iter().try_for_each(|&strategy| request(strategy, 0).validate())?;
     // A file that cannot be written is better known before than after the measurement.
-    let create =
-        |path: &PathBuf| File::create(path).map_err(|e| Error::io(path.display().to_string(), e));
-    let csv = args.csv.as_ref().map(create).transpose()?;
+    let inputs = || args.prompts.as_deref().into_iter().chain(args.run.inputs());
+    let csv = args.csv.as_ref().map(|path| OutputFile::create(path, inputs())).transpose()?;
 
     let mut metering = args.run.meters.start(Some(5.0))?;
     let drafting = strategies.iter().find(|s| s.needs_draft()).unwrap_or(&strategies[0]);
     let pair = metering.load(|| args.run.load(*drafting))?;
     print_notes(pair.take_notes());
+    csv.as_ref().map_or(Ok(()), |csv| csv.is_none_of(pair.files()))?;
     let options = args.run.session_options();
     // What was measured until an interrupt is reported.
     let _finishing = Finishing::first();
@@ -149,11 +149,9 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     }
     let measured = metering.finish().expect("energy is always measured here");
     let report = Report { measured: &measured, pair: &pair, strategies, turns, seed: first_seed };
-    if let Some(csv) = csv {
-        let named = |e| {
-            Error::io(args.csv.as_ref().map_or_else(String::new, |p| p.display().to_string()), e)
-        };
-        report.csv(BufWriter::new(csv)).map_err(named)?;
+    if let Some(mut csv) = csv {
+        report.csv(&mut csv).map_err(|e| csv.error(e))?;
+        csv.finish()?;
     }
     if args.run.json {
         print_line(report.json())?;
@@ -308,7 +306,7 @@ impl Report<'_> {
 
     /// A line for each generation. Figures that are unavailable are empty, with the reason in the
     /// last column.
-    fn csv(&self, mut out: impl Write) -> std::io::Result<()> {
+    fn csv(&self, out: &mut impl Write) -> std::io::Result<()> {
         let m = self.measured;
         let names =
             ["joules", "joules_uncertainty", "joules_per_token", "joules_per_token_net", "watts"];
@@ -355,6 +353,6 @@ impl Report<'_> {
             }
             writeln!(out, ",\"{}\"", note.replace('"', "\"\""))?;
         }
-        out.flush()
+        Ok(())
     }
 }

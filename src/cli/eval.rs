@@ -19,6 +19,7 @@ use crate::eval::report::Report;
 use crate::eval::{
     Arm, Grid, Journal, Observer, Runner, Task, TaskSet, cool, fingerprint, summarize,
 };
+use crate::files;
 use crate::generation::{Generation, Session};
 use crate::pair::{LoadOptions, Pair, builtin_questions};
 use crate::sampling::Warp;
@@ -281,6 +282,10 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let tasks = that_fit(tasks, &pair, &options)?;
     let mut journal = Journal::in_memory();
     if let Some(folder) = &args.out {
+        for name in Report::FILES.into_iter().chain([Journal::FILE]) {
+            let inputs = args.prompts.iter().map(PathBuf::as_path).chain(pair.files());
+            files::check_inputs(&folder.join(name), inputs)?;
+        }
         let shared: [&dyn std::fmt::Debug; 5] =
             [&args.seed, &args.max_tokens, &grid.base, &options, &args.meters.assumed()];
         journal = Journal::open(folder, &fingerprint(&pair, &tasks, &shared))

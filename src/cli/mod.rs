@@ -173,6 +173,10 @@ struct DeviceArgs {
     /// does not fit runs from its file, which is slower [default: what the system has free]
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     memory: Option<u64>,
+    /// Read model files into memory instead of mapping them: more memory and a slower start, but a
+    /// file that another program cuts short or rewrites meanwhile does no harm
+    #[arg(long)]
+    no_mmap: bool,
 
     /// The most tokens that prompt and text may have together [default: what the model was
     /// trained for]
@@ -189,6 +193,7 @@ impl DeviceArgs {
             threads: self.threads.map_or(0, usize::from),
             repack: !self.no_repack,
             memory: self.memory,
+            mmap: !self.no_mmap,
         }
     }
 
@@ -226,9 +231,14 @@ fn print_notes(notes: Vec<String>) {
 /// Opens a model file, or a part of the built-in pair by the name `builtin:target` or
 /// `builtin:draft`.
 fn open_model(path: &std::path::Path) -> Result<Gguf> {
+    open_model_as(path, &LoadOptions::default())
+}
+
+/// The same as the options say.
+fn open_model_as(path: &std::path::Path, options: &LoadOptions) -> Result<Gguf> {
     match path.to_str().and_then(|p| p.strip_prefix("builtin:")) {
         Some(name) => builtin_file(name),
-        None => Gguf::open(path),
+        None => options.open(path),
     }
 }
 

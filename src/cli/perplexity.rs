@@ -10,7 +10,7 @@ use serde_json::json;
 use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::{
-    DeviceArgs, loading_bar, of_option, open_model, print_line, print_notes, progress_bar,
+    DeviceArgs, loading_bar, of_option, open_model_as, print_line, print_notes, progress_bar,
     read_text,
 };
 use crate::decode::Interruptible;
@@ -52,7 +52,7 @@ pub struct PerplexityArgs {
 pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let text = read_text(None, args.file.as_ref(), "text")?;
     let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
-    let file = Arc::new(open_model(path)?);
+    let file = Arc::new(open_model_as(path, &args.device.load_options())?);
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let device = args.device.load_options().device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;

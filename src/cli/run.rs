@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::console::{Text, tell};
 use super::metering::{Measured, MeterArgs, Work};
-use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text};
+use super::{DeviceArgs, loading_bar, open_model_as, print_line, print_notes, read_text};
 use super::{cost_tables, interrupts};
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::engine::CacheType;
@@ -239,6 +239,12 @@ impl RunArgs {
         }
     }
 
+    /// The files that are read.
+    pub(super) fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let files = [&self.file, &self.model, &self.draft, &self.cost_table];
+        files.into_iter().filter_map(|file| file.as_deref())
+    }
+
     /// Loads the pair, without a draft where the strategy has no use for one.
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
         let draft_device = self.draft_device.clone();
@@ -263,7 +269,7 @@ pub(super) fn load_pair(
         return Pair::builtin(strategy.needs_draft(), options, &mut bar);
     };
     let draft = match draft {
-        Some(draft) if strategy.needs_draft() => Some(open_model(draft)?),
+        Some(draft) if strategy.needs_draft() => Some(open_model_as(draft, options)?),
         None if strategy.needs_draft() => {
             return Err(Error::invalid(format!(
                 "strategy {strategy} needs a draft model: name one with --draft, or use greedy or sample"
@@ -271,7 +277,7 @@ pub(super) fn load_pair(
         }
         _ => None,
     };
-    Pair::from_files(open_model(model)?, draft, options, &mut bar)
+    Pair::from_files(open_model_as(model, options)?, draft, options, &mut bar)
 }
 
 /// A seed that differs from run to run.

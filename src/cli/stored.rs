@@ -2,6 +2,7 @@
 //! reported of it.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
 use indicatif::HumanBytes;
@@ -11,6 +12,7 @@ use super::console::{tell, visible_name};
 use super::interrupts::{self, Finishing};
 use super::{print_line, progress_bar};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::gguf::quantize::{Progress, Stored};
 use crate::quant::Recipe;
 
@@ -77,8 +79,21 @@ impl Sum {
 }
 
 impl Report<'_> {
+    /// What the tensors take, where the output is no file that tells.
     fn output_bytes(&self) -> u64 {
-        std::fs::metadata(self.output).map_or(0, |meta| meta.len())
+        match std::fs::metadata(self.output) {
+            Ok(meta) if meta.is_file() => meta.len(),
+            _ => self.stored.iter().map(|tensor| tensor.bytes).sum(),
+        }
+    }
+
+    /// Prints a line of the report: to standard error if the model itself went to standard output.
+    pub fn say(&self, line: impl std::fmt::Display) -> Result<()> {
+        match files::is_standard_output(self.output) {
+            true => writeln!(std::io::stderr().lock(), "{line}")
+                .map_err(|e| Error::io("standard error", e)),
+            false => print_line(line),
+        }
     }
 
     fn fallbacks(&self) -> impl Iterator<Item = &Stored> {
@@ -143,7 +158,7 @@ impl Report<'_> {
     /// As a table.
     pub fn print(&self) -> Result<()> {
         let (all, by_type) = self.sums();
-        print_line(format_args!(
+        self.say(format_args!(
             "{}: {} -> {}, {:.2} bits per weight, in {:.1} s",
             self.output.display(),
             HumanBytes(self.input_bytes),
@@ -151,7 +166,7 @@ impl Report<'_> {
             all.bits(),
             self.seconds
         ))?;
-        print_line("  type    tensors          size   error")?;
+        self.say("  type    tensors          size   error")?;
         for (name, sum) in by_type {
             let size = HumanBytes(sum.bytes).to_string();
             // Like the noise of a signal: root of mean squared error by mean square.
@@ -159,7 +174,7 @@ impl Report<'_> {
                 Some(nmse) => format!("{:.3}%", 100.0 * nmse.sqrt()),
                 None => "copied".to_owned(),
             };
-            print_line(format_args!("  {name:7} {:7} {size:>13} {error:>7}", sum.tensors))?;
+            self.say(format_args!("  {name:7} {:7} {size:>13} {error:>7}", sum.tensors))?;
         }
         Ok(())
     }
