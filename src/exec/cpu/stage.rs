@@ -310,8 +310,13 @@ impl Pass<'_> {
         let padded = group.next_multiple_of(LANES);
         // SAFETY (of the kernels): they are this machine's; slices are whole vectors.
         let one = |x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]| match norm.kind {
-            // SAFETY: as above.
-            NormKind::Rms => unsafe { (self.kernels.rms_norm)(x, group, weight, epsilon, out) },
+            NormKind::Rms => {
+                // SAFETY: as above.
+                unsafe { (self.kernels.rms_norm)(x, group, weight, epsilon, out) };
+                if norm.bias.is_some() {
+                    out.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+                }
+            }
             NormKind::Layer => {
                 let norm = LayerNorm { weight, bias, epsilon };
                 // SAFETY: as above.
@@ -323,15 +328,7 @@ impl Pass<'_> {
             // SAFETY: row i of `out` belongs to this call.
             let out = unsafe { to.slice(i * stride, stride) };
             if group == x.width {
-                let (weight, bias) = (&weight[..stride], &bias[..stride]);
-                match norm.kind {
-                    NormKind::Rms if norm.bias.is_some() => {
-                        one(x.row(i), weight, bias, out);
-                        out.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-                    }
-                    _ => one(x.row(i), weight, bias, out),
-                }
-                return;
+                return one(x.row(i), &weight[..stride], &bias[..stride], out);
             }
             // Groups are padded to whole vectors one by one.
             let mut parts = [(); 4].map(|()| vec![0.0; padded]);

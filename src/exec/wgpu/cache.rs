@@ -80,13 +80,8 @@ impl KvCache for GpuCache {
         let at = recorder.data(moves.iter().flat_map(|&(from, to)| [from as u32, to as u32]));
         for ([keys, values], shape) in self.layers.iter().zip(&self.shapes) {
             let words = self.words(shape);
-            recorder.dispatch(
-                Kernel::MoveRows,
-                &[keys, values],
-                &[words as u32, moves.len() as u32, at],
-                [words.div_ceil(64), 1, 1],
-                0,
-            )?;
+            let (params, groups) = ([words, moves.len(), at], [words.div_ceil(64), 1, 1]);
+            recorder.dispatch(Kernel::MoveRows, &[keys, values], &params, groups)?;
         }
         recorder.finish()
     }

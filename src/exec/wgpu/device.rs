@@ -123,33 +123,32 @@ impl<'d> Recorder<'d> {
     }
 
     /// Words that kernels of this pass find from the returned place on.
-    pub fn data(&mut self, words: impl IntoIterator<Item = u32>) -> u32 {
+    pub fn data(&mut self, words: impl IntoIterator<Item = u32>) -> usize {
         let data = &mut self.arena.work.data;
-        let at = data.len() as u32;
+        let at = data.len();
         data.extend(words);
         at
     }
 
-    /// Records a kernel over buffers, in as many workgroups; `cost` is roughly how many multiplications it is.
+    /// Records a kernel over buffers, in as many workgroups.
     pub fn dispatch(
         &mut self,
         kernel: Kernel,
         buffers: &[&Arc<Storage>],
-        params: &[u32],
+        params: &[usize],
         groups: [usize; 3],
-        cost: usize,
     ) -> Result<()> {
-        self.dispatch_shaped(kernel, buffers, params, groups, cost, None)
+        let params: Vec<u32> = params.iter().map(|n| *n as u32).collect();
+        self.dispatch_words(kernel, buffers, &params, groups, None)
     }
 
-    /// The same, for a product with a matrix of this shape.
-    pub fn dispatch_shaped(
+    /// The same with parameters as words; `shape` is that of a product's weights.
+    pub fn dispatch_words(
         &mut self,
         kernel: Kernel,
         buffers: &[&Arc<Storage>],
         params: &[u32],
         groups: [usize; 3],
-        cost: usize,
         shape: Option<[usize; 2]>,
     ) -> Result<()> {
         if groups.contains(&0) {
@@ -161,13 +160,14 @@ impl<'d> Recorder<'d> {
         let at = work.dispatches.len() * device.params_step();
         work.params.resize(at + device.params_step(), 0);
         work.params[at..][..4 * params.len()].copy_from_slice(bytemuck::cast_slice(params));
+        let group_cost = kernel.group_cost(shape.map_or(0, |[_, cols]| cols));
         work.dispatches.push(Dispatch {
             kernel,
             pipeline: device.pipeline(kernel),
             group: device.group(kernel.access(), buffers),
             groups: groups.map(|n| n as u32),
             shape,
-            cost: cost as u64,
+            cost: (groups.iter().product::<usize>() * group_cost) as u64,
         });
         Ok(())
     }

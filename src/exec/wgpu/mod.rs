@@ -279,10 +279,9 @@ impl Gpu {
         let read = |times: usize| {
             let start = std::time::Instant::now();
             let mut recorder = Recorder::new(&self.device)?;
-            let params = [(bytes / 16) as u32, 256 * GROUPS as u32];
+            let params = [bytes / 16, 256 * GROUPS];
             for _ in 0..times {
-                let groups = [GROUPS, 1, 1];
-                recorder.dispatch(Kernel::Stream, &[&source, &out], &params, groups, bytes / 16)?;
+                recorder.dispatch(Kernel::Stream, &[&source, &out], &params, [GROUPS, 1, 1])?;
             }
             recorder.finish()?;
             self.device.finish()?;

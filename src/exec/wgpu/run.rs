@@ -7,10 +7,10 @@ use super::cache::GpuCache;
 use super::device::{Recorder, Storage};
 use super::fuse::{self, Facts, MatrixFacts, Product, RowClass, Step, Twin};
 use super::kernels::{
-    Arithmetic, BATCH_ROWS, Epilogue, Kernel, MAX_HEAD, Matmul, PATH_WORDS, QUERIES, SORTED, SPLIT,
-    TILE_BATCH_ROWS,
+    Arithmetic, BATCH_ROWS, Epilogue, Kernel, MAX_HEAD, MOST_OUTPUTS, Matmul, PATH_WORDS, QUERIES,
+    SORTED, SPLIT, TILE_BATCH_ROWS,
 };
-use super::weights::{Matrix, Weight};
+use super::weights::{Matrix, Part, Weight};
 use super::{CHUNK, Gpu};
 use crate::error::{Error, Result};
 use crate::exec::{self, CacheType, KvCache, Loaded, Rows, Segment, Stage, Workspace};
@@ -27,7 +27,7 @@ const MOST_UNTILED_ROWS: usize = 16;
 const LEAST_SHARING: usize = 32;
 
 /// Where the biases of a product begin that has none, or the sinks of an attention.
-const NONE: u32 = u32::MAX;
+const NONE: usize = u32::MAX as usize;
 
 /// The most numbers of a row that are looked for on the device.
 pub(super) const MOST_TOP: usize = 64;
@@ -48,9 +48,8 @@ struct ProductParams {
     first: u32,
     bias_at: u32,
     add: u32,
-    out_stride: u32,
-    second_stride: u32,
-    third_stride: u32,
+    /// Of the outputs.
+    strides: [u32; MOST_OUTPUTS],
     second: u32,
     third: u32,
     out_squares: u32,
@@ -383,22 +382,12 @@ impl Workspace for GpuWorkspace {
         let slices = width.div_ceil(SORTED);
         let lists = self.scratch(0, rows.len() * slices * (words + 1))?;
         let found = self.scratch(1, rows.len() * words)?;
-        let inverse = (1.0 / temperature).to_bits();
+        let inverse = bits(1.0 / temperature);
         let mut recorder = Recorder::new(&self.gpu.device)?;
-        recorder.dispatch(
-            Kernel::TopK,
-            &[&storage, &lists],
-            &[width as u32, stride as u32, k as u32, inverse, rows.start as u32],
-            [slices, rows.len(), 1],
-            rows.len() * width,
-        )?;
-        recorder.dispatch(
-            Kernel::TopKMerge,
-            &[&lists, &found],
-            &[slices as u32, k as u32, inverse],
-            [rows.len(), 1, 1],
-            rows.len() * slices * k,
-        )?;
+        let (params, groups) = ([width, stride, k, inverse, rows.start], [slices, rows.len(), 1]);
+        recorder.dispatch(Kernel::TopK, &[&storage, &lists], &params, groups)?;
+        let (params, groups) = ([slices, k, inverse], [rows.len(), 1, 1]);
+        recorder.dispatch(Kernel::TopKMerge, &[&lists, &found], &params, groups)?;
         recorder.finish()?;
         let mut copy = Vec::new();
         self.gpu.device.read(&found, rows.len() * words, &mut copy)?;
@@ -445,23 +434,24 @@ struct Shape {
 
 impl Shape {
     /// vec4s of a row.
-    fn stride4(&self) -> u32 {
-        (self.stride / 4) as u32
+    fn stride4(&self) -> usize {
+        self.stride / 4
     }
 
     /// Workgroups that have a vec4 of a row to a thread.
     fn groups4(&self) -> [usize; 3] {
-        [(self.stride / 4).div_ceil(64), self.rows, 1]
-    }
-
-    fn cost(&self) -> usize {
-        self.rows * self.stride
+        [self.stride4().div_ceil(64), self.rows, 1]
     }
 
     /// Where the sums of squares of a twin's blocks begin among its scales: never at 0.
-    fn squares_at(&self) -> u32 {
-        (2 * self.rows * self.stride / CHUNK) as u32
+    fn squares_at(&self) -> usize {
+        2 * self.rows * self.stride / CHUNK
     }
+}
+
+/// The bits of an f32 parameter.
+fn bits(x: f32) -> usize {
+    x.to_bits() as usize
 }
 
 /// A pass under way.
@@ -473,10 +463,10 @@ struct Pass<'a> {
     recorder: Recorder<'a>,
     /// Where the rows' positions and paths are; each table of rotations; the numbers of the wanted rows. (Tokens
     /// come first.)
-    positions_at: u32,
-    paths_at: u32,
-    rotations_at: Vec<u32>,
-    wanted_at: u32,
+    positions_at: usize,
+    paths_at: usize,
+    rotations_at: Vec<usize>,
+    wanted_at: usize,
 }
 
 impl Pass<'_> {
@@ -494,18 +484,9 @@ impl Pass<'_> {
             Step::Norm { x, norm, out, bytes } => self.norm(x, norm, out, bytes),
             Step::NormScale { x, weight, to } => {
                 let shape = self.shape(x);
-                let buffers = vec![storage(x), self.stage.vector(Some(weight)).clone()];
+                let buffers = [&storage(x), self.stage.vector(Some(weight))];
                 let params = [shape.stride4(), shape.squares_at()];
-                let (groups, cost) = (shape.groups4(), shape.cost());
-                self.activations(
-                    Kernel::RmsNormScale,
-                    buffers,
-                    Some(to),
-                    shape,
-                    &params,
-                    groups,
-                    cost,
-                )
+                self.round(Kernel::RmsNormScale, &buffers, Some(to), x, &params, shape.groups4())
             }
             Step::Round { x, to } => {
                 let shape = self.shape(x);
@@ -514,51 +495,45 @@ impl Pass<'_> {
                     Arithmetic::F16 => (Kernel::CastF16, [shape.rows, 1, 1]),
                     _ => (Kernel::Quantize, [blocks.div_ceil(64), shape.rows, 1]),
                 };
-                let params = [shape.stride4(), blocks as u32];
-                let buffers = vec![storage(x)];
-                self.activations(kernel, buffers, Some(to), shape, &params, groups, shape.cost())
+                let params = [shape.stride4(), blocks];
+                self.round(kernel, &[&storage(x)], Some(to), x, &params, groups)
             }
             Step::Product(ref product) => self.product(product),
             Step::RopeAppendKv { outs, rotary, layer } => self.rope(outs, rotary, layer),
             Step::Attend { q, layer, attention, out, bytes } => {
                 self.attend(q, layer, attention, out, bytes)
             }
-            Step::Elementwise { function, x, y, numbers, bytes } => {
+            Step::Elementwise { function, x, y, numbers: [a, b], bytes } => {
                 let shape = self.shape(x);
                 let y = y.map_or_else(|| self.stage.gpu.nothing[0].clone(), storage);
-                let [a, b] = numbers.map(f32::to_bits);
                 let kernel = Kernel::Elementwise { function, bytes: bytes.is_some() };
-                let (params, buffers) = ([shape.stride4(), a, b], vec![storage(x), y]);
-                let (groups, cost) = (shape.groups4(), shape.cost());
-                self.activations(kernel, buffers, bytes, shape, &params, groups, cost)
+                let params = [shape.stride4(), bits(a), bits(b)];
+                self.round(kernel, &[&storage(x), &y], bytes, x, &params, shape.groups4())
             }
             Step::SelectRows { x, out } => {
                 let shape = self.shape(out);
-                let params = [shape.stride4(), self.wanted_at];
-                let (groups, cost) = (shape.groups4(), shape.cost());
-                let (x, out) = (storage(x), storage(out));
-                self.recorder.dispatch(Kernel::SelectRows, &[&x, &out], &params, groups, cost)
+                let (buffers, params) =
+                    ([&storage(x), &storage(out)], [shape.stride4(), self.wanted_at]);
+                self.recorder.dispatch(Kernel::SelectRows, &buffers, &params, shape.groups4())
             }
         }
     }
 
-    /// Runs a kernel over rows that products may read next: `bytes` is where it writes them as bytes.
-    #[allow(clippy::too_many_arguments)]
-    fn activations(
+    /// Runs a kernel over rows like those of `like`, which it may write as bytes or halves to a twin.
+    fn round(
         &mut self,
         kernel: Kernel,
-        mut buffers: Vec<Arc<Storage>>,
-        bytes: Option<Twin>,
-        shape: Shape,
-        params: &[u32],
+        buffers: &[&Arc<Storage>],
+        twin: Option<Twin>,
+        like: BufferId,
+        params: &[usize],
         groups: [usize; 3],
-        cost: usize,
     ) -> Result<()> {
-        if let Some(twin) = bytes {
-            buffers.extend(self.workspace.twin(twin, shape.rows, shape.stride)?);
-        }
-        let buffers: Vec<_> = buffers.iter().collect();
-        self.recorder.dispatch(kernel, &buffers, params, groups, cost)
+        let Shape { rows, stride, .. } = self.shape(like);
+        let twin = twin.map(|twin| self.workspace.twin(twin, rows, stride)).transpose()?;
+        let mut buffers = buffers.to_vec();
+        buffers.extend(twin.iter().flatten());
+        self.recorder.dispatch(kernel, &buffers, params, groups)
     }
 
     /// Rows of a table, by the entries that the words from `entries_at` on name.
@@ -566,67 +541,50 @@ impl Pass<'_> {
         &mut self,
         table: WeightId,
         scale: f32,
-        entries_at: u32,
+        entries_at: usize,
         add: bool,
         out: BufferId,
     ) -> Result<()> {
         let (table, shape) = (self.stage.matrix(table), self.shape(out));
         let out = self.workspace.storage(out);
-        let chunks = table.cols.div_ceil(CHUNK);
-        for part in &table.parts.parts {
-            let params = [
-                table.cols as u32,
-                chunks as u32,
-                table.row_bytes as u32,
-                part.first as u32,
-                part.rows as u32,
-                shape.stride4(),
-                entries_at,
-                u32::from(add),
-                scale.to_bits(),
-            ];
-            self.recorder.dispatch(
-                Kernel::Embed(table.block),
-                &[&part.bytes, &out],
-                &params,
-                [chunks.div_ceil(64), shape.rows, 1],
-                shape.rows * table.cols,
-            )?;
+        let (cols, chunks) = (table.cols, table.cols.div_ceil(CHUNK));
+        let (stride, add, scale) = (shape.stride4(), usize::from(add), bits(scale));
+        let groups = [chunks.div_ceil(64), shape.rows, 1];
+        for Part { bytes, first, rows, .. } in &table.parts.parts {
+            let row = table.row_bytes;
+            let params = [cols, chunks, row, *first, *rows, stride, entries_at, add, scale];
+            self.recorder.dispatch(Kernel::Embed(table.block), &[bytes, &out], &params, groups)?;
         }
         Ok(())
     }
 
     fn norm(&mut self, x: BufferId, norm: Norm, out: BufferId, bytes: Option<Twin>) -> Result<()> {
-        let shape = self.shape(x);
-        let [weight, bias] = [norm.weight, norm.bias].map(|id| self.stage.vector(id).clone());
-        let (x, out) = (self.workspace.storage(x), self.workspace.storage(out));
-        let whole = norm.group == shape.width;
-        let epsilon = norm.epsilon.to_bits();
-        let params = [shape.width as u32, shape.stride4(), epsilon];
-        let (cost, a_row) = (shape.cost(), [shape.rows, 1, 1]);
+        let (shape, from) = (self.shape(x), self.workspace.storage(x));
+        let [weight, bias] = [norm.weight, norm.bias].map(|id| self.stage.vector(id));
+        let to = self.workspace.storage(out);
+        let (whole, epsilon) = (norm.group == shape.width, bits(norm.epsilon));
+        let (params, groups) = ([shape.width, shape.stride4(), epsilon], [shape.rows, 1, 1]);
         match (norm.kind, norm.weight, norm.bias) {
             (NormKind::Rms, Some(_), None) if whole => {
-                self.recorder.dispatch(Kernel::RmsNorm, &[&x, &weight, &out], &params, a_row, cost)
+                self.recorder.dispatch(Kernel::RmsNorm, &[&from, weight, &to], &params, groups)
             }
             (NormKind::Layer, Some(_), Some(_)) if whole => {
                 let kernel = Kernel::LayerNorm { bytes: bytes.is_some() };
-                let buffers = vec![x, weight, bias, out];
-                self.activations(kernel, buffers, bytes, shape, &params, a_row, cost)
+                self.round(kernel, &[&from, weight, bias, &to], bytes, out, &params, groups)
             }
             (kind, ..) => {
+                // How far the numbers of two groups are apart: all may have the same.
                 let step = |id: Option<WeightId>| {
-                    let len = id.map_or(0, |id| {
-                        let view = self.stage.program.weight(id).tensor.view();
-                        view.rows * view.cols
-                    });
-                    if len == norm.group { 0 } else { norm.group as u32 }
+                    let view = id.map(|id| self.stage.program.weight(id).tensor.view());
+                    let is_of_rows = view.is_some_and(|view| view.rows * view.cols == shape.width);
+                    if is_of_rows { norm.group } else { 0 }
                 };
-                let (group, stride) = (norm.group as u32, shape.stride as u32);
-                let params = [group, stride, epsilon, step(norm.weight), step(norm.bias)];
-                let (has_weight, has_bias) = (norm.weight.is_some(), norm.bias.is_some());
-                let kernel = Kernel::GroupNorm { kind, weight: has_weight, bias: has_bias };
+                let steps = [norm.weight, norm.bias].map(step);
+                let params = [norm.group, shape.stride, epsilon, steps[0], steps[1]];
+                let (weighted, biased) = (norm.weight.is_some(), norm.bias.is_some());
+                let kernel = Kernel::GroupNorm { kind, weight: weighted, bias: biased };
                 let groups = [shape.width / norm.group, shape.rows, 1];
-                self.recorder.dispatch(kernel, &[&x, &weight, &bias, &out], &params, groups, cost)
+                self.recorder.dispatch(kernel, &[&from, weight, bias, &to], &params, groups)
             }
         }
     }
@@ -643,30 +601,28 @@ impl Pass<'_> {
         };
         let epsilon = product.rounded.and_then(|rounded| rounded.epsilon);
         let arithmetic = stage.gpu.arithmetic_with(matrix.block);
-        let all_rows: usize = product.matrices.iter().map(|(id, _)| stage.matrix(*id).rows).sum();
+        let in_step = if arithmetic == Arithmetic::Int8 { CHUNK } else { 4 };
         // All rows of several matrices, or the parts of one.
         let several = outs.len() > 1;
-        let stride = |i: usize| outs.get(i).map_or(0, |id| self.shape(*id).stride as u32);
+        // Where the outputs begin among the rows of all matrices, and where these end.
+        let mut begins = [0; MOST_OUTPUTS + 1];
+        for (i, begin) in (1..).zip(&mut begins[1..]) {
+            let before = product.matrices.iter().take(i);
+            *begin = before.map(|(id, _)| stage.matrix(*id).rows as u32).sum();
+        }
+        let strides = [0, 1, 2].map(|i| outs.get(i).map_or(0, |id| self.shape(*id).stride as u32));
         let mut params = ProductParams {
             chunks: matrix.cols.div_ceil(CHUNK) as u32,
             row_bytes: matrix.row_bytes as u32,
             batch_rows: x.rows as u32,
-            x_stride: match arithmetic {
-                Arithmetic::Int8 => x.stride / CHUNK,
-                Arithmetic::F32 | Arithmetic::F16 => x.stride / 4,
-            } as u32,
-            squares: epsilon.map_or(0, |_| x.squares_at()),
+            x_stride: (x.stride / in_step) as u32,
+            squares: epsilon.map_or(0, |_| x.squares_at() as u32),
             inverse_width: 1.0 / x.width as f32,
             epsilon: epsilon.unwrap_or_default(),
             add: u32::from(product.add),
-            out_stride: stride(0),
-            second_stride: stride(1),
-            third_stride: stride(2),
-            second: if several { matrix.rows } else { all_rows } as u32,
-            third: match product.matrices.get(1) {
-                Some((second, _)) => matrix.rows + stage.matrix(*second).rows,
-                None => all_rows,
-            } as u32,
+            strides,
+            second: begins[1],
+            third: begins[2],
             ..ProductParams::default()
         };
         let mut outputs = vec![self.workspace.storage(outs[0])];
@@ -681,7 +637,7 @@ impl Pass<'_> {
             }
             fuse::Epilogue::Store => Epilogue::One,
             fuse::Epilogue::Norm { weight, to } => {
-                params.out_squares = out.squares_at();
+                params.out_squares = out.squares_at() as u32;
                 outputs.push(stage.vector(Some(weight)).clone());
                 outputs.extend(self.workspace.twin(to, out.rows, out.stride)?);
                 Epilogue::Norm
@@ -693,10 +649,10 @@ impl Pass<'_> {
             }
             fuse::Epilogue::Rope { outs: [q, k, _], rotary, layer, above } => {
                 let kv = stage.program.layers[layer];
-                let (pairs, halves, rotations_at) = self.rotation(rotary);
                 let (q_shape, k_width) = (self.shape(q), self.shape(k).width);
+                let [pairs, halves, rotations_at] = self.rotation(rotary).map(|n| n as u32);
                 params = ProductParams {
-                    out_stride: q_shape.stride as u32,
+                    strides: [q_shape.stride as u32, 0, 0],
                     second: q_shape.width as u32,
                     third: (q_shape.width + k_width) as u32,
                     above: above as u32,
@@ -728,38 +684,36 @@ impl Pass<'_> {
         let batches = x.rows.div_ceil(batch_rows as usize);
         let bias = matrix.bias.as_ref().map_or(nothing, |(floats, _)| floats);
         for part in &matrix.parts.parts {
-            let rows = if several { all_rows } else { part.rows };
+            let rows = if several { begins[MOST_OUTPUTS] as usize } else { part.rows };
             let row_groups = match epilogue {
-                Epilogue::Gate(_) => params.second as usize / CHUNK,
+                Epilogue::Gate(_) => matrix.rows / CHUNK,
                 _ => rows.div_ceil(matmul.group_rows()),
             };
+            let bias_at = matrix.bias.as_ref().map_or(NONE, |(_, at)| at + part.first);
             let params = ProductParams {
                 rows: rows as u32,
                 begins: part.begins as u32,
                 first: part.first as u32,
-                bias_at: matrix.bias.as_ref().map_or(NONE, |(_, at)| (at + part.first) as u32),
+                bias_at: bias_at as u32,
                 ..params
             };
             let mut buffers = vec![&part.bytes, &values, &scales, bias];
             buffers.extend(&outputs);
-            self.recorder.dispatch_shaped(
-                Kernel::Matmul(matmul),
-                &buffers,
-                bytemuck::cast_slice(&[params]),
-                if matmul.is_tiled() { [batches, row_groups, 1] } else { [row_groups, batches, 1] },
-                rows * matrix.cols * x.rows,
-                Some([rows, matrix.cols]),
-            )?;
+            let groups =
+                if matmul.is_tiled() { [batches, row_groups, 1] } else { [row_groups, batches, 1] };
+            let (params, shape) = ([params], Some([rows, matrix.cols]));
+            let words = bytemuck::cast_slice(&params);
+            self.recorder.dispatch_words(Kernel::Matmul(matmul), &buffers, words, groups, shape)?;
         }
         Ok(())
     }
 
     /// How many pairs of a head are rotated, whether they are halves, and where the rotations are.
-    fn rotation(&self, rotary: Option<RotaryId>) -> (u32, u32, u32) {
-        let Some(id) = rotary else { return (0, 0, 0) };
+    fn rotation(&self, rotary: Option<RotaryId>) -> [usize; 3] {
+        let Some(id) = rotary else { return [0; 3] };
         let table = &self.stage.program.rotaries[id.index()];
-        let halves = u32::from(table.pairs == RotaryPairs::Halves);
-        (table.frequencies.len() as u32, halves, self.rotations_at[id.index()])
+        let halves = usize::from(table.pairs == RotaryPairs::Halves);
+        [table.frequencies.len(), halves, self.rotations_at[id.index()]]
     }
 
     fn rope(
@@ -769,33 +723,19 @@ impl Pass<'_> {
         layer: usize,
     ) -> Result<()> {
         let kv = self.stage.program.layers[layer];
-        let (pairs, halves, rotations_at) = self.rotation(rotary);
-        let (q_shape, k_shape) = (self.shape(q), self.shape(k));
-        let heads = q_shape.width / kv.head_dim;
-        let threads = heads * pairs as usize + kv.width();
+        let [pairs, halves, rotations_at] = self.rotation(rotary);
+        let (q_shape, kv_stride) = (self.shape(q), self.shape(k).stride);
+        let (heads, kv_heads, dim) = (q_shape.width / kv.head_dim, kv.heads, kv.head_dim);
         let [q, k, v] = [q, k, v].map(|id| self.workspace.storage(id));
-        for (Segment { rows, first_slot, .. }, cache) in self.rows.segments.iter().zip(&self.caches)
-        {
+        for (segment, cache) in self.rows.segments.iter().zip(&self.caches) {
             let [keys, values] = cache.layer(layer);
-            let params = [
-                heads as u32,
-                kv.heads as u32,
-                kv.head_dim as u32,
-                pairs,
-                q_shape.stride as u32,
-                k_shape.stride as u32,
-                rows.start as u32,
-                *first_slot as u32,
-                rotations_at,
-                halves,
-            ];
-            self.recorder.dispatch(
-                Kernel::RopeAppendKv(cache.cache_type),
-                &[&q, &k, &v, keys, values],
-                &params,
-                [threads.div_ceil(64), rows.len(), 1],
-                rows.len() * threads,
-            )?;
+            let [first, slot] = [segment.rows.start, segment.first_slot];
+            let shape = [heads, kv_heads, dim, pairs, q_shape.stride, kv_stride];
+            let params = [&shape[..], &[first, slot, rotations_at, halves]].concat();
+            let kernel = Kernel::RopeAppendKv(cache.cache_type);
+            let threads = heads * pairs + kv.width();
+            let groups = [threads.div_ceil(64), segment.rows.len(), 1];
+            self.recorder.dispatch(kernel, &[&q, &k, &v, keys, values], &params, groups)?;
         }
         Ok(())
     }
@@ -814,95 +754,53 @@ impl Pass<'_> {
             }
             _ => NONE,
         };
-        for segment in 0..self.rows.segments.len() {
-            self.attend_segment(segment, [q, out], layer, attention, sinks_at, bytes)?;
-        }
-        Ok(())
-    }
-
-    fn attend_segment(
-        &mut self,
-        segment: usize,
-        [q, out]: [BufferId; 2],
-        layer: usize,
-        attention: Attention,
-        sinks_at: u32,
-        bytes: Option<Twin>,
-    ) -> Result<()> {
         let KvShape { heads: kv_heads, head_dim } = self.stage.program.layers[layer];
-        let Segment { rows, line, .. } = &self.rows.segments[segment];
-        let (line, count) = (*line, rows.len());
-        let ancestors = &self.rows.ancestors[rows.clone()];
         let shape = self.shape(q);
-        let heads = shape.width / head_dim;
-        let deepest = ancestors.iter().map(|path| path.count_ones()).max().unwrap_or(0) as usize;
-        let splits = (line + deepest).div_ceil(SPLIT);
-        // One split is written where it belongs; several are merged.
-        let row_floats = if splits > 1 { heads * splits * (head_dim + 2) } else { 0 };
-        let fit = match row_floats {
-            0 => count,
-            floats => self.stage.gpu.partial_limit / (4 * floats),
-        };
-        // Rows of a chain share what they read, if there are many: few had better be many workgroups.
-        let queries = if count >= LEAST_SHARING && is_chain(ancestors) { QUERIES } else { 1 };
-        let whole = (fit / queries as usize).max(1) * queries as usize;
-        let at_once = if fit < count { whole } else { count };
-        let partial = self.workspace.scratch(0, at_once * row_floats)?;
-        let cache = &self.caches[segment];
-        let ([keys, values], cache) = (cache.layer(layer).clone(), cache.cache_type);
-        // What is read at once has up to 16 bytes, and does not go beyond a head.
-        let most = if cache == CacheType::F16 { 4 } else { 2 };
-        let fits = |n: &usize| *n <= most && (head_dim / 2).is_multiple_of(*n);
-        let pairs = [4, 2].into_iter().find(fits).unwrap_or(1) as u32;
-        let window = attention.window.map_or(NONE, |n| u32::try_from(n).unwrap_or(NONE));
-        let (q, out) = (self.workspace.storage(q), self.workspace.storage(out));
-        for first in (0..count).step_by(at_once) {
-            let n = at_once.min(count - first);
-            let first = rows.start + first;
-            let params = [
-                (heads / kv_heads) as u32,
-                kv_heads as u32,
-                head_dim as u32,
-                shape.stride as u32,
-                line as u32,
-                self.paths_at,
-                attention.scale.to_bits(),
-                first as u32,
-                (first + n) as u32,
-                splits as u32,
-                window,
-                attention.soft_cap.unwrap_or(0.0).to_bits(),
-                sinks_at,
-            ];
-            self.activations(
-                Kernel::Attend { cache, pairs, queries, bytes: bytes.is_some() },
-                [&q, &keys, &values, &partial, &out].map(Arc::clone).to_vec(),
-                bytes,
-                shape,
-                &params,
-                [heads, n.div_ceil(queries as usize), splits],
-                2 * n * (line + deepest) * shape.width,
-            )?;
-            if splits > 1 {
-                let params = [
-                    head_dim as u32,
-                    shape.stride as u32,
-                    line as u32,
-                    self.paths_at,
-                    first as u32,
-                    splits as u32,
-                    window,
-                    sinks_at,
-                ];
-                self.activations(
-                    Kernel::AttendReduce { bytes: bytes.is_some() },
-                    [&partial, &out].map(Arc::clone).to_vec(),
-                    bytes,
-                    shape,
-                    &params,
-                    [heads, n, 1],
-                    n * splits * shape.width,
-                )?;
+        let (heads, stride) = (shape.width / head_dim, shape.stride);
+        let window = attention.window.map_or(NONE, |window| window.min(NONE));
+        let [scale, cap] = [attention.scale, attention.soft_cap.unwrap_or(0.0)].map(bits);
+        let (paths_at, q, to) =
+            (self.paths_at, self.workspace.storage(q), self.workspace.storage(out));
+        for (i, Segment { rows, line, .. }) in self.rows.segments.iter().enumerate() {
+            let (line, count) = (*line, rows.len());
+            let ancestors = &self.rows.ancestors[rows.clone()];
+            let deepest = ancestors.iter().map(|path| path.count_ones()).max().unwrap_or(0);
+            let splits = (line + deepest as usize).div_ceil(SPLIT);
+            // One split is written where it belongs; several are merged.
+            let row_floats = if splits > 1 { heads * splits * (head_dim + 2) } else { 0 };
+            let fit = match row_floats {
+                0 => count,
+                floats => self.stage.gpu.partial_limit / (4 * floats),
+            };
+            // Rows of a chain share what they read, if there are many: few had better be many workgroups.
+            let shares = count >= LEAST_SHARING && is_chain(ancestors);
+            let queries = if shares { QUERIES as usize } else { 1 };
+            let whole = (fit / queries).max(1) * queries;
+            let at_once = if fit < count { whole } else { count };
+            let partial = self.workspace.scratch(0, at_once * row_floats)?;
+            let cache = &self.caches[i];
+            let ([keys, values], cache) = (cache.layer(layer).clone(), cache.cache_type);
+            // What is read at once has up to 16 bytes, and does not go beyond a head.
+            let most = if cache == CacheType::F16 { 4 } else { 2 };
+            let fits = |n: &usize| *n <= most && (head_dim / 2).is_multiple_of(*n);
+            let pairs = [4, 2].into_iter().find(fits).unwrap_or(1) as u32;
+            let of_bytes = bytes.is_some();
+            let attend = Kernel::Attend { cache, pairs, queries: queries as u32, bytes: of_bytes };
+            let buffers = [&q, &keys, &values, &partial, &to];
+            for first in rows.clone().step_by(at_once) {
+                let end = rows.end.min(first + at_once);
+                let heads_and_rows = [heads / kv_heads, kv_heads, head_dim, stride, line, paths_at];
+                let others = [scale, first, end, splits, window, cap, sinks_at];
+                let params = [&heads_and_rows[..], &others].concat();
+                let groups = [heads, (end - first).div_ceil(queries), splits];
+                self.round(attend, &buffers, bytes, out, &params, groups)?;
+                if splits > 1 {
+                    let reduce = Kernel::AttendReduce { bytes: of_bytes };
+                    let params =
+                        [head_dim, stride, line, paths_at, first, splits, window, sinks_at];
+                    let groups = [heads, end - first, 1];
+                    self.round(reduce, &[&partial, &to], bytes, out, &params, groups)?;
+                }
             }
         }
         Ok(())
