@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::engine::Cpu;
-use crate::engine::{Budget, Device, Model, SessionOptions};
+use crate::engine::{Budget, Device, Model, NoteListener, SessionOptions};
 use crate::error::{Error, Result};
 use crate::generation::Session;
 use crate::gguf::Gguf;
@@ -209,6 +209,15 @@ impl Pair {
     pub fn take_notes(&self) -> Vec<String> {
         let models = [Some(&self.target), self.draft.as_ref()];
         models.into_iter().flatten().flat_map(Model::take_notes).collect()
+    }
+
+    /// Has such notes heard by `listener`, as they come up, on the threads on which they do; see
+    /// [`Model::on_note`].
+    pub fn on_note(&self, listener: NoteListener) {
+        self.target.on_note(listener.clone());
+        if let Some(draft) = &self.draft {
+            draft.on_note(listener);
+        }
     }
 
     /// The vocabulary of both.

@@ -211,6 +211,7 @@ unsafe fn open(options: Option<&mtad_pair_options>) -> Outcome<mtad_pair> {
             pair.load_seconds()
         ),
     );
+    pair.on_note(Arc::new(move |note| log.say(MTAD_LOG_WARNING, note.to_owned())));
     Ok(mtad_pair { pair, fate: Fate::default(), log })
 }
 

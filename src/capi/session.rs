@@ -166,13 +166,6 @@ unsafe fn make(
         placed?;
         // SAFETY: as the caller says.
         let options = unsafe { session_options(options)? };
-        let trained = handle.pair.target().shape().context;
-        if let Some(wanted) = options.context.filter(|&wanted| wanted > trained) {
-            let message = format!(
-                "a context of {wanted} is beyond the {trained} that the model was trained for"
-            );
-            handle.log.say(MTAD_LOG_WARNING, message);
-        }
         let made = mtad_session::new(work(handle, &options)?, handle.log);
         // SAFETY: as the caller says; it is not null.
         unsafe { memory::handle(session, made) };

@@ -13,7 +13,7 @@ use tempfile::NamedTempFile;
 use super::console::tell;
 use super::metering::{MeterArgs, Metering, Work};
 use super::{
-    DeviceArgs, interrupts, loading_bar, open_model_as, print_line, print_notes, progress_bar,
+    DeviceArgs, interrupts, loading_bar, note_listener, open_model_as, print_line, progress_bar,
 };
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
@@ -117,7 +117,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     };
     let name = file.get_str("general.name").ok().flatten().unwrap_or(file.name()).to_owned();
     let model = Model::load(Arc::new(file), &device, &mut loading_bar())?;
-    print_notes(model.take_notes());
+    model.on_note(note_listener());
     // The map keeps the file; where systems allow it, it is gone even if the process is killed.
     #[cfg(unix)]
     drop(scratch);

@@ -11,7 +11,7 @@ use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::metering::{Measured, Metering, PHASES, Work};
 use super::run::{RunArgs, clock_seed};
-use super::{print_line, print_notes, read_text, table};
+use super::{note_listener, print_line, read_text, table};
 use crate::decode::Strategy;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
@@ -120,7 +120,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     let mut metering = args.run.meters.start(Some(5.0))?;
     let drafting = strategies.iter().find(|s| s.needs_draft()).unwrap_or(&strategies[0]);
     let pair = metering.load(|| args.run.load(*drafting))?;
-    print_notes(pair.take_notes());
+    pair.on_note(note_listener());
     csv.as_ref().map_or(Ok(()), |csv| csv.is_none_of(pair.files()))?;
     let options = args.run.session_options();
     // What was measured until an interrupt is reported.

@@ -11,7 +11,7 @@ use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::metering::{MeterArgs, Metering, Work};
 use super::run::load_pair;
-use super::{DeviceArgs, cost_tables, of_option, print_line, print_notes, progress_bar, table};
+use super::{DeviceArgs, cost_tables, note_listener, of_option, print_line, progress_bar, table};
 use crate::decode::{Settings, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
@@ -277,7 +277,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let draft_device = args.draft_device.clone();
     let load = LoadOptions { draft_device, ..args.device.load_options() };
     let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
-    print_notes(pair.take_notes());
+    pair.on_note(note_listener());
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };
     let tasks = that_fit(tasks, &pair, &options)?;
     let mut journal = Journal::in_memory();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::Args;
 
 use super::interrupts::{self, Finishing};
-use super::{DeviceArgs, loading_bar, open_model_as, print_notes};
+use super::{DeviceArgs, loading_bar, note_listener, open_model_as};
 use crate::decode::Pieces;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
@@ -46,7 +46,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     let file = Arc::new(open_model_as(&args.model, &options)?);
     let device = options.device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
-    print_notes(model.take_notes());
+    model.on_note(note_listener());
     let context = args.device.context();
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     // Asked first, so that no file is left behind when the tokens do not do.

@@ -25,11 +25,13 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal, Read};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::engine::NoteListener;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::pair::{LoadOptions, builtin_file};
@@ -223,9 +225,14 @@ fn bytes(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Prints what a person should know of where models run.
+/// Prints what a person should know of where models run, or of what was converted.
 fn print_notes(notes: Vec<String>) {
     notes.iter().for_each(|note| tell!("mtad: {note}"));
+}
+
+/// Prints such notes as they come up: where no text is being written that they would fall into.
+fn note_listener() -> NoteListener {
+    Arc::new(|note| tell!("mtad: {note}"))
 }
 
 /// Opens a model file, or a part of the built-in pair by the name `builtin:target` or

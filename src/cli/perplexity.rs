@@ -10,7 +10,7 @@ use serde_json::json;
 use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::{
-    DeviceArgs, loading_bar, of_option, open_model_as, print_line, print_notes, progress_bar,
+    DeviceArgs, loading_bar, note_listener, of_option, open_model_as, print_line, progress_bar,
     read_text,
 };
 use crate::decode::Interruptible;
@@ -56,13 +56,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let device = args.device.load_options().device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
-    let trained = model.shape().context;
-    if args.chunk > trained {
-        tell!(
-            "mtad: chunks of {} are beyond the {trained} that the model was trained for",
-            args.chunk
-        );
-    }
+    model.on_note(note_listener());
     let context = Some(args.device.context().unwrap_or(args.chunk));
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     let add_bos = tokenizer.add_bos();
@@ -74,7 +68,6 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let interrupt = interrupts::flag();
     let mut lm = Interruptible::new(&mut *lm, &interrupt);
     let bar = progress_bar("{bar:40} {pos}/{len} chunks {eta} {msg}");
-    print_notes(model.take_notes());
     let start = Instant::now();
     let most = args.chunks.map(|n| n as usize);
     let mut planned = 0;

@@ -294,12 +294,6 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
     let mut metering = args.meters.start(None)?;
     let pair = metering.load(|| args.load(strategy))?;
-    print_notes(pair.take_notes());
-    let trained = pair.target().shape().context;
-    if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
-        tell!("mtad: --ctx-size {wanted} is beyond the {trained} that the model was trained for");
-    }
-
     let mut kept_costs = None;
     if strategy == Strategy::Auto && request.settings.costs.is_none() {
         request.settings.costs = kept_costs.insert(cost_tables::Kept::of(&pair)).load();
@@ -309,6 +303,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         Some(file) if file.exists() => pair.load_session(file, &args.session_options())?,
         _ => pair.session(&args.session_options())?,
     };
+    print_notes(pair.take_notes());
     // From here on there is a text to report, and perhaps a session to save.
     let _finishing = interrupts::Finishing::first();
     metering.listen_to(&mut session);
