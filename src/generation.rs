@@ -220,7 +220,7 @@ impl Session {
     /// As [`Session::generate`].
     pub fn prompt_tokens(&mut self, prompt: &[Token]) -> Result<Prefill> {
         // What evaluates the prompt with all models that are there.
-        let strategy = if self.draft.is_some() { Strategy::Mtad } else { Strategy::Sample };
+        let strategy = Strategy::default_for(self.draft.is_some());
         let cancel = self.cancel.clone();
         self.configure(Settings { strategy, ..Settings::default() }, true, &cancel)?;
         let started = self.start(prompt);

@@ -111,10 +111,7 @@ unsafe fn request_of(
     session: &Session,
     home: &mtad_session,
 ) -> Outcome<Request> {
-    let default = match session.pair().draft() {
-        Some(_) => Strategy::Mtad,
-        None => Strategy::Sample,
-    };
+    let default = Strategy::default_for(session.pair().draft().is_some());
     let mut wanted = Request { cancel: home.cancel.clone(), ..Request::default() };
     wanted.settings.strategy = default;
     if !request.is_null() {

@@ -28,9 +28,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::decode::Strategy;
 use crate::engine::NoteListener;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
@@ -228,6 +231,13 @@ fn bytes(text: &str) -> Result<u64, String> {
 /// Prints what a person should know of where models run, or of what was converted.
 fn print_notes(notes: Vec<String>) {
     notes.iter().for_each(|note| tell!("mtad: {note}"));
+}
+
+/// The names of strategies, each with its line in the help.
+fn strategies() -> impl TypedValueParser<Value = Strategy> {
+    let values = Strategy::ALL
+        .map(|(strategy, name)| PossibleValue::new(name).help(strategy.descriptor().summary));
+    PossibleValuesParser::new(values).try_map(|name| name.parse::<Strategy>())
 }
 
 /// Prints such notes as they come up: where no text is being written that they would fall into.

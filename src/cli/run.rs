@@ -43,14 +43,7 @@ pub struct RunArgs {
     pub(super) draft: Option<PathBuf>,
 
     /// How tokens are chosen [default: mtad with a draft, sample without]
-    ///
-    /// Without a draft: greedy, sample, beam (beams of the target; at temperature 0 beam search),
-    /// mtjd (the same in blocks of gamma tokens). As the target would write: speculative, specinfer
-    /// (a tree of candidates). Better than that: mtad (beams of the draft, accepted by joint
-    /// probability), mmtad (all of them verified, as a tree), dsbd (beams of the target, helped by
-    /// the draft). Looser: bild, typical. Fastest of plain decoding, speculative, mtad and mmtad
-    /// at the given tau: auto.
-    #[arg(long, short, value_name = "NAME")]
+    #[arg(long, short, value_name = "NAME", value_parser = super::strategies())]
     pub(super) strategy: Option<Strategy>,
 
     /// The most tokens to generate
@@ -186,7 +179,7 @@ const NOTABLE: f64 = 1.1;
 impl RunArgs {
     fn strategy(&self) -> Strategy {
         let has_draft = self.model.is_none() || self.draft.is_some();
-        self.strategy.unwrap_or(if has_draft { Strategy::Mtad } else { Strategy::Sample })
+        self.strategy.unwrap_or_else(|| Strategy::default_for(has_draft))
     }
 
     /// The stored cost table, if one was named.

@@ -14,7 +14,10 @@
 //! small share of the time so far; time is what the table says, so the clock plays no part: a seed
 //! and a table give one text. Estimates forget, so a draft that gets better or worse is noticed.
 
-use super::{Algorithm, Autoregressive, Block, CostTable, Kept, Mmtad, Mtad, Round, Settings};
+use super::{
+    Algorithm, Autoregressive, Block, CostTable, Descriptor, Kept, Knob, Mmtad, Mtad, Round,
+    Settings,
+};
 use super::{Speculative, Strategy};
 use crate::error::{Error, Result};
 
@@ -110,6 +113,17 @@ fn way_of(strategy: Strategy, width: usize) -> usize {
     let found = WAYS.iter().position(|way| (way.0, way.1) == (strategy, width));
     found.expect("only ways are asked for")
 }
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "auto",
+    summary: "whichever of plain, speculative, mtad and mmtad is the fastest here at tau",
+    needs_draft: true,
+    knobs: &[Knob::Tau],
+    rows: |_| 0,
+    draft_length: |_| MOST_GAMMA,
+    algorithm: || Box::<Auto>::default(),
+};
 
 /// The controller.
 #[derive(Debug, Default)]

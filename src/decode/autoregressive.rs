@@ -3,9 +3,31 @@
 //! The baseline of every comparison, and what other strategies fall back to when the context has
 //! no room for a draft.
 
-use super::{Algorithm, Block, Kept, Round, verify_chain};
+use super::{Algorithm, Block, Descriptor, Kept, Round, verify_chain};
 use crate::error::Result;
 use crate::sampling::{Distribution, Path};
+
+/// What it says of itself.
+pub(super) const SAMPLE: Descriptor = Descriptor {
+    name: "sample",
+    summary: "draws from the target, one token at a time",
+    needs_draft: false,
+    knobs: &[],
+    rows: |_| 0,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Autoregressive>::default(),
+};
+
+/// What it says of itself.
+pub(super) const GREEDY: Descriptor = Descriptor {
+    name: "greedy",
+    summary: "the most probable token of the target, one at a time",
+    needs_draft: false,
+    knobs: &[],
+    rows: |_| 0,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Autoregressive>::default(),
+};
 
 /// Autoregressive decoding.
 #[derive(Debug, Default)]

@@ -8,9 +8,20 @@
 //! beam is emitted whole.
 
 use super::beams::{Beam, Beams, Sampling};
-use super::{Algorithm, Block, Kept, Phase, Round};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round};
 use crate::error::Result;
 use crate::lm::{MAX_TREE, Token};
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "beam",
+    summary: "beams of the target, over its whole text",
+    needs_draft: false,
+    knobs: &[Knob::BeamWidth, Knob::WithReplacement],
+    rows: |_| 0,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<BeamDecoding>::default(),
+};
 
 /// Beam sampling by the target.
 #[derive(Debug, Default)]

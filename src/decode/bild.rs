@@ -7,8 +7,19 @@
 //! token of probability 0 is taken back at every threshold, also an infinite one.
 
 use super::chain::Chain;
-use super::{Algorithm, Block, Kept, Round};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Round};
 use crate::error::Result;
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "bild",
+    summary: "the draft goes on while it is sure; the target takes back what it finds too unlikely",
+    needs_draft: true,
+    knobs: &[Knob::Gamma, Knob::Fallback, Knob::Rollback],
+    rows: |_| 0,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Bild>::default(),
+};
 
 /// BiLD.
 #[derive(Debug, Default)]

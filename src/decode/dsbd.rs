@@ -19,13 +19,24 @@
 //! With one beam it is speculative sampling; at temperature 0 the text is the greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Kept, Phase, Round, Rows, draft_of, verify_nodes};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, Rows, draft_of, verify_nodes};
 use crate::error::{Error, Result};
 use crate::lm::Token;
 use crate::sampling::{Distribution, Path, Removed, pick};
 
 /// How likely a layer's width must be to be accepted.
 const SURE: f64 = 0.7;
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "dsbd",
+    summary: "beams of the target, helped by beams of the draft",
+    needs_draft: true,
+    knobs: &[Knob::Gamma, Knob::BeamWidth],
+    rows: |s| s.gamma * s.beam_width,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Dsbd>::default(),
+};
 
 /// DSBD.
 #[derive(Debug, Default)]

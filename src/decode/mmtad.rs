@@ -7,10 +7,21 @@
 //! tokens, as many > tau. With one beam it is MTAD; at temperature 0 the text is the greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Kept, Phase, Round, draft_of, verify_nodes};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, verify_nodes};
 use crate::error::{Error, Result};
 use crate::lm::Token;
 use crate::sampling::{Distribution, Path};
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "mmtad",
+    summary: "the same with all beams verified, as a tree",
+    needs_draft: true,
+    knobs: &[Knob::Tau, Knob::Gamma, Knob::BeamWidth, Knob::WithReplacement],
+    rows: |s| s.gamma * s.beam_width,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Mmtad>::default(),
+};
 
 /// MTAD, verifying a tree.
 #[derive(Debug, Default)]

@@ -26,11 +26,10 @@ mod pieces;
 mod specinfer;
 mod speculative;
 mod statistics;
+mod strategy;
 mod timeline;
 mod typical;
 
-use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 pub use auto::{Auto, Choice, Decisions};
@@ -48,110 +47,13 @@ pub(crate) use pieces::Pieces;
 pub use specinfer::SpecInfer;
 pub use speculative::Speculative;
 pub use statistics::Statistics;
+pub use strategy::{Descriptor, Knob, Strategy};
 pub use timeline::{Listener, Phase, Timeline};
 pub use typical::Typical;
 
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
 use crate::sampling::{Rng, Warp, unwarped_log_prob};
-
-/// How tokens are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Strategy {
-    /// The target's most probable token, one at a time.
-    Greedy,
-    /// Draws from the target, one at a time.
-    Sample,
-    /// Speculative sampling: the target's distribution exactly.
-    Speculative,
-    /// Multi-token joint decoding: blocks whose joint likelihood ratio clears a threshold.
-    Mtad,
-    /// The same with all beams verified, as a tree.
-    Mmtad,
-    /// Lossless speculation on a tree.
-    SpecInfer,
-    /// The draft goes on while it is sure; the target rolls back what it finds too unlikely.
-    Bild,
-    /// Drafted tokens that are typical of the target.
-    Typical,
-    /// Beams of the target, over its whole text.
-    Beam,
-    /// Beams of the target, in blocks: what MTAD approximates.
-    Mtjd,
-    /// Beams of the target, helped by beams of the draft.
-    Dsbd,
-    /// Whatever of the above is the fastest at the threshold of MTAD, or plain decoding.
-    Auto,
-}
-
-impl Strategy {
-    /// All strategies with the names that users know them by.
-    pub const ALL: [(Strategy, &'static str); 12] = [
-        (Strategy::Greedy, "greedy"),
-        (Strategy::Sample, "sample"),
-        (Strategy::Speculative, "speculative"),
-        (Strategy::Mtad, "mtad"),
-        (Strategy::Mmtad, "mmtad"),
-        (Strategy::SpecInfer, "specinfer"),
-        (Strategy::Bild, "bild"),
-        (Strategy::Typical, "typical"),
-        (Strategy::Beam, "beam"),
-        (Strategy::Mtjd, "mtjd"),
-        (Strategy::Dsbd, "dsbd"),
-        (Strategy::Auto, "auto"),
-    ];
-
-    /// Whether it needs a draft model.
-    pub fn needs_draft(self) -> bool {
-        match self {
-            Strategy::Greedy | Strategy::Sample | Strategy::Beam | Strategy::Mtjd => false,
-            Strategy::Speculative
-            | Strategy::Mtad
-            | Strategy::Mmtad
-            | Strategy::SpecInfer
-            | Strategy::Bild
-            | Strategy::Typical
-            | Strategy::Dsbd
-            | Strategy::Auto => true,
-        }
-    }
-
-    /// Its algorithm, with no memory of any text.
-    fn algorithm(self) -> Box<dyn Algorithm> {
-        match self {
-            Strategy::Greedy | Strategy::Sample => Box::<Autoregressive>::default(),
-            Strategy::Speculative => Box::<Speculative>::default(),
-            Strategy::Mtad => Box::<Mtad>::default(),
-            Strategy::Mmtad => Box::<Mmtad>::default(),
-            Strategy::SpecInfer => Box::<SpecInfer>::default(),
-            Strategy::Bild => Box::<Bild>::default(),
-            Strategy::Typical => Box::<Typical>::default(),
-            Strategy::Beam => Box::<BeamDecoding>::default(),
-            Strategy::Mtjd => Box::<Mtjd>::default(),
-            Strategy::Dsbd => Box::<Dsbd>::default(),
-            Strategy::Auto => Box::<Auto>::default(),
-        }
-    }
-}
-
-impl fmt::Display for Strategy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let named = Self::ALL.iter().find(|(strategy, _)| strategy == self);
-        f.pad(named.expect("every strategy has a name").1)
-    }
-}
-
-impl FromStr for Strategy {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let known = Self::ALL.iter().find(|(_, known)| *known == name);
-        known.map(|(strategy, _)| *strategy).ok_or_else(|| {
-            let names = Self::ALL.map(|(_, name)| name).join(", ");
-            Error::invalid(format!("there is no strategy {name:?}; there are {names}"))
-        })
-    }
-}
 
 /// What an algorithm is told to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -215,66 +117,18 @@ impl Settings {
     /// [`Error::Invalid`] with the setting's name, its range and what was found.
     pub fn validate(&self) -> Result<()> {
         self.warp.validate()?;
-        if !(1..MAX_TREE).contains(&self.gamma) {
-            let most = MAX_TREE - 1;
-            return Err(Error::invalid(format!(
-                "gamma must be from 1 to {most}, not {}",
-                self.gamma
-            )));
-        }
-        if !(1..=MAX_TREE).contains(&self.beam_width) {
-            return Err(Error::invalid(format!(
-                "beam-width must be from 1 to {MAX_TREE}, not {}",
-                self.beam_width
-            )));
-        }
-        self.validate_rows()?;
-        let from_0 = |name: &str, found: f64| match found.is_finite() && found >= 0.0 {
-            true => Ok(()),
-            false => Err(Error::invalid(format!("{name} must be 0 or more, not {found}"))),
-        };
-        from_0("tau", self.tau)?;
-        from_0("epsilon", self.epsilon)?;
-        from_0("delta", self.delta)?;
-        if !(0.0..=1.0).contains(&self.fallback) {
-            return Err(Error::invalid(format!(
-                "fallback must be from 0 (never) to 1, not {}",
-                self.fallback
-            )));
-        }
-        if self.rollback.is_nan() || self.rollback < 0.0 {
-            return Err(Error::invalid(format!(
-                "rollback must be 0 or more (inf: never), not {}",
-                self.rollback
-            )));
-        }
-        Ok(())
-    }
-
-    /// Refuses drafts that a tree has no room for.
-    fn validate_rows(&self) -> Result<()> {
-        if self.branching.is_empty() || self.branching.contains(&0) {
-            return Err(Error::invalid(format!(
-                "branching must be numbers from 1 on, one for each depth, not {:?}",
-                self.branching
-            )));
-        }
+        Knob::ALL.into_iter().try_for_each(|knob| knob.validate(self))?;
         // Beside the pending token. Rows of a last step that is not verified are not needed.
-        let rows = match self.strategy {
-            Strategy::Mtad | Strategy::Mtjd => (self.gamma - 1) * self.beam_width,
-            Strategy::Mmtad | Strategy::Dsbd => self.gamma * self.beam_width,
-            Strategy::SpecInfer => specinfer::nodes_of(&self.branching),
-            _ => 0,
-        };
+        let Descriptor { name, rows, knobs, .. } = *self.strategy.descriptor();
+        let rows = rows(self);
         if rows >= MAX_TREE {
-            let of = match self.strategy {
-                Strategy::SpecInfer => format!("branching {:?}", self.branching),
-                _ => format!("gamma {} with beam-width {}", self.gamma, self.beam_width),
+            let of = match knobs.contains(&Knob::Branching) {
+                true => format!("branching {:?}", self.branching),
+                false => format!("gamma {} with beam-width {}", self.gamma, self.beam_width),
             };
             return Err(Error::invalid(format!(
-                "{of} makes {rows} rows beside the pending token in a round of {}, and {} are \
+                "{of} makes {rows} rows beside the pending token in a round of {name}, and {} are \
                  allowed; lower it",
-                self.strategy,
                 MAX_TREE - 1
             )));
         }
@@ -283,11 +137,7 @@ impl Settings {
 
     /// The most tokens that a round drafts in a path.
     fn draft_length(&self) -> usize {
-        match self.strategy {
-            Strategy::SpecInfer => self.branching.len(),
-            Strategy::Auto => auto::MOST_GAMMA,
-            _ => self.gamma,
-        }
+        (self.strategy.descriptor().draft_length)(self)
     }
 }
 

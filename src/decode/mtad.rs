@@ -7,10 +7,21 @@
 //! search, and the text is the target's greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Kept, Phase, Round, draft_of, verify_chain};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, verify_chain};
 use crate::error::{Error, Result};
 use crate::lm::Token;
 use crate::sampling::{Distribution, Path};
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "mtad",
+    summary: "multi-token joint decoding: blocks whose joint likelihood ratio clears tau",
+    needs_draft: true,
+    knobs: &[Knob::Tau, Knob::Gamma, Knob::BeamWidth, Knob::WithReplacement],
+    rows: |s| (s.gamma - 1) * s.beam_width,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Mtad>::default(),
+};
 
 /// MTAD, verifying one chain of drafted tokens.
 #[derive(Debug, Default)]

@@ -5,8 +5,19 @@
 //! beam search in blocks, whose text is not the greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Kept, Phase, Round};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round};
 use crate::error::Result;
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "mtjd",
+    summary: "beams of the target, in blocks: what mtad approximates",
+    needs_draft: false,
+    knobs: &[Knob::Gamma, Knob::BeamWidth, Knob::WithReplacement],
+    rows: |s| (s.gamma - 1) * s.beam_width,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Mtjd>::default(),
+};
 
 /// MTJD.
 #[derive(Debug, Default)]

@@ -11,10 +11,24 @@
 
 use std::ops::Range;
 
-use super::{Algorithm, Block, Kept, Phase, Round, draft_of, eval_chain, verify_nodes, want};
+use super::{
+    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, eval_chain, verify_nodes,
+    want,
+};
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Row, Token};
 use crate::sampling::{Distribution, Path, Removed, Rng};
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "specinfer",
+    summary: "lossless speculation on a tree of candidates",
+    needs_draft: true,
+    knobs: &[Knob::Branching, Knob::WithReplacement],
+    rows: |s| nodes_of(&s.branching),
+    draft_length: |s| s.branching.len(),
+    algorithm: || Box::<SpecInfer>::default(),
+};
 
 /// Speculative sampling with a tree of candidates.
 #[derive(Debug, Default)]

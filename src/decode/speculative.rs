@@ -6,8 +6,19 @@
 //! max(p - q, 0), normalised. If none is rejected, one more is drawn from p.
 
 use super::chain::Chain;
-use super::{Algorithm, Block, Kept, Round};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Round};
 use crate::error::Result;
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "speculative",
+    summary: "speculative sampling: the distribution of the target, exactly",
+    needs_draft: true,
+    knobs: &[Knob::Gamma],
+    rows: |_| 0,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Speculative>::default(),
+};
 
 /// Speculative sampling.
 #[derive(Debug, Default)]

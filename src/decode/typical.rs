@@ -6,8 +6,19 @@
 //! is accepted. At temperature 0 the text is the greedy one.
 
 use super::chain::Chain;
-use super::{Algorithm, Block, Kept, Round};
+use super::{Algorithm, Block, Descriptor, Kept, Knob, Round};
 use crate::error::Result;
+
+/// What it says of itself.
+pub(super) const DESCRIPTOR: Descriptor = Descriptor {
+    name: "typical",
+    summary: "drafted tokens that are typical of the target",
+    needs_draft: true,
+    knobs: &[Knob::Gamma, Knob::Epsilon, Knob::Delta],
+    rows: |_| 0,
+    draft_length: |s| s.gamma,
+    algorithm: || Box::<Typical>::default(),
+};
 
 /// Typical acceptance.
 #[derive(Debug, Default)]

@@ -13,29 +13,10 @@ pub struct Arm {
 }
 
 /// The settings of an arm that matter to its strategy, in words.
-fn describe(s: &Settings) -> String {
-    let gamma = format!("gamma {}", s.gamma);
-    let width = format!("width {}", s.beam_width);
-    let tau = format!("tau {}", s.tau);
-    let own: Vec<String> = match s.strategy {
-        Strategy::Greedy | Strategy::Sample => vec![],
-        Strategy::Speculative => vec![gamma],
-        Strategy::Mtad | Strategy::Mmtad => vec![tau, gamma, width],
-        Strategy::Auto => vec![tau],
-        Strategy::SpecInfer => {
-            let branching: Vec<_> = s.branching.iter().map(usize::to_string).collect();
-            vec![format!("branching {}", branching.join(","))]
-        }
-        Strategy::Bild => {
-            vec![gamma, format!("fallback {}", s.fallback), format!("rollback {}", s.rollback)]
-        }
-        Strategy::Typical => {
-            vec![gamma, format!("epsilon {}", s.epsilon), format!("delta {}", s.delta)]
-        }
-        Strategy::Beam => vec![width],
-        Strategy::Mtjd | Strategy::Dsbd => vec![gamma, width],
-    };
-    own.join(" ")
+fn describe(settings: &Settings) -> String {
+    let knobs = settings.strategy.descriptor().knobs.iter();
+    let words: Vec<_> = knobs.map(|knob| knob.words(settings)).filter(|w| !w.is_empty()).collect();
+    words.join(" ")
 }
 
 impl Arm {

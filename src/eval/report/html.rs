@@ -2,7 +2,7 @@
 
 use super::Report;
 use super::svg::{Plot, Point, Series, escape};
-use crate::decode::Strategy;
+use crate::decode::Knob;
 
 const STYLE: &str = "
 :root { color-scheme: light dark; --line: #8884; --text: light-dark(#222, #ddd); }
@@ -35,12 +35,8 @@ impl Report {
                 continue;
             };
             let settings = &row.arm.settings;
-            let mark = match settings.strategy {
-                Strategy::Mtad | Strategy::Mmtad | Strategy::Auto => {
-                    format!("tau {}", settings.tau)
-                }
-                _ => String::new(),
-            };
+            let has_tau = settings.strategy.descriptor().knobs.contains(&Knob::Tau);
+            let mark = if has_tau { Knob::Tau.words(settings) } else { String::new() };
             let (y, title) = (perplexity.value, row.arm.label.clone());
             let point = Point { x: rate, y, title, mark };
             points.push((rate, perplexity.value));
