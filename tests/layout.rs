@@ -237,3 +237,19 @@ fn the_library_names_no_options_of_the_command_line() {
     }
     assert!(seen > 0, "the search for options finds nothing");
 }
+
+#[test]
+fn the_readme_says_what_runs() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let table = readme.split("| architecture | models |").nth(1).unwrap();
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    let mut listed: Vec<String> = rows
+        .flat_map(|row| row.split('|').nth(1).unwrap().split(','))
+        .map(|name| name.trim().trim_matches('`').to_owned())
+        .collect();
+    let mut run: Vec<String> = mtad::models::architectures().map(str::to_owned).collect();
+    listed.sort();
+    run.sort();
+    assert_eq!(listed, run);
+}
