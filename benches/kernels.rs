@@ -4,15 +4,16 @@
 //!     cargo bench --bench kernels -- matmul/Q4_0   # some
 //!     MTAD_CPU=avx2 cargo bench --bench kernels    # another instruction set
 //!
-//! Items are multiplications (matmul) or elements (the others).
+//! Each is a program of one operation. Items are multiplications (matmul) or elements (the others).
 
 use std::sync::Arc;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use mtad::exec::cpu::{Buffer, Cpu};
-use mtad::exec::{Backend, CacheShape, CacheType, Pass, RotaryPairs, Rows};
+use mtad::exec::cpu::Cpu;
+use mtad::exec::{CacheType, Executor, Rows, Segment};
 use mtad::gguf::{Gguf, SharedTensor, Writer};
+use mtad::graph::{Activation, Attention, BufferId, Builder, Gating, KvShape};
 use mtad::quant::BlockType;
 
 fn main() {
@@ -28,21 +29,38 @@ fn tensor(block_type: BlockType, rows: usize, cols: usize) -> SharedTensor {
     SharedTensor::find(&file, "w").expect("the tensor is there")
 }
 
-/// Rows for a pass that only counts them.
-fn rows<'a>(tokens: &'a [u32], paths: &'a [u128], line: usize) -> Rows<'a> {
-    Rows { tokens, line, first_slot: line, paths, rotations: &[] }
-}
-
-/// A buffer of `n` rows with something in it.
-fn filled(cpu: &Cpu, n: usize, width: usize) -> Buffer {
-    let mut out = cpu.buffer(width);
-    let table = cpu.embedding(&tensor(BlockType::F32, 1, width)).expect("an embedding");
-    cpu.pass(&rows(&vec![0; n], &vec![1; n], 0), 0, |pass| {
-        pass.embed(&table, &mut out);
-        Ok(())
-    })
-    .expect("a pass");
-    out
+/// Times a program that `build` makes of inputs of some widths, over `n` rows of a chain after a line. What it ends in
+/// is not selected: nobody wants it.
+fn time(
+    bencher: Bencher,
+    items: usize,
+    (n, line): (usize, usize),
+    widths: &[usize],
+    build: impl FnOnce(&mut Builder, &[BufferId]) -> mtad::Result<BufferId>,
+) {
+    let cpu = Arc::new(Cpu::new(1).expect("a CPU"));
+    let mut builder = Builder::new("bench", line + n);
+    let inputs: Vec<_> = widths.iter().map(|width| builder.input(*width)).collect();
+    let out = build(&mut builder, &inputs).expect("shapes that fit");
+    let selected = builder.select_rows(out);
+    let program = Arc::new(builder.finish(selected).expect("a program"));
+    let stage = cpu.load(&program, 0..program.ops.len(), &mut |_| Ok(())).expect("a stage");
+    let (mut workspace, mut cache) = (stage.workspace(), stage.cache(CacheType::F16));
+    let inputs = program.live_at(0);
+    for input in inputs {
+        let rows = vec![0.0; n * program.buffer(input).width];
+        workspace.write(input, &rows).expect("room for rows");
+    }
+    let rows = Rows {
+        tokens: &vec![0; n],
+        segments: &[Segment { rows: 0..n, line, first_slot: line }],
+        ancestors: &(0..n).map(|i| u128::MAX >> (127 - i)).collect::<Vec<_>>(),
+        rotations: &[],
+        wanted: &[],
+    };
+    bencher
+        .counter(ItemsCount::new(items))
+        .bench_local(|| stage.run(&rows, &mut [&mut *cache], &mut *workspace));
 }
 
 const TYPES: [&str; 15] = [
@@ -53,61 +71,35 @@ const TYPES: [&str; 15] = [
 #[divan::bench(args = TYPES, consts = [1, 4, 8, 32])]
 fn matmul<const N: usize>(bencher: Bencher, name: &str) {
     let (outputs, cols) = (2048, 1024);
-    let cpu = Cpu::new(1).expect("a CPU");
     let block_type = BlockType::from_name(name).expect("a type");
-    let matrix = cpu.matrix(&tensor(block_type, outputs, cols), None).expect("a matrix");
-    let (x, mut out) = (filled(&cpu, N, cols), cpu.buffer(outputs));
-    let (tokens, paths) = (vec![0; N], vec![1; N]);
-    bencher.counter(ItemsCount::new(N * outputs * cols)).bench_local(|| {
-        cpu.pass(&rows(&tokens, &paths, 0), 0, |pass| {
-            pass.linear(&x, &mut [(&matrix, &mut out)]);
-            Ok(())
-        })
+    time(bencher, N * outputs * cols, (N, 0), &[cols], |b, x| {
+        let matrix = b.matrix(tensor(block_type, outputs, cols), None)?;
+        Ok(b.linear(x[0], [matrix])?[0])
     });
 }
 
 /// Attention of N rows with 8 query heads of 64 on 2 key/value heads, over `line` positions.
 #[divan::bench(args = [128, 1024, 4096], consts = [1, 8])]
 fn attention<const N: usize>(bencher: Bencher, line: usize) {
-    let cpu = Cpu::new(1).expect("a CPU");
-    let shape = CacheShape { layers: 1, kv_heads: 2, head_dim: 64, cache_type: CacheType::F16 };
-    let mut cache = cpu.cache(shape);
-    let (mut q, mut k, v) = (filled(&cpu, N, 512), filled(&cpu, N, 128), filled(&cpu, N, 128));
-    let mut out = cpu.buffer(512);
-    let tokens = vec![0; N];
-    let paths: Vec<u128> = (0..N).map(|i| (1 << (i + 1)) - 1).collect();
-    let rotations = vec![[1.0, 0.0]; N * 32];
-    let rows = Rows { rotations: &rotations, ..rows(&tokens, &paths, line) };
-    bencher.counter(ItemsCount::new(N * 512 * line)).bench_local(|| {
-        cpu.pass(&rows, 0, |pass| {
-            pass.rotate_and_store(&mut q, &mut k, &v, RotaryPairs::Interleaved, &mut cache, 0);
-            pass.attend(&q, &cache, 0, None, &mut out);
-            Ok(())
-        })
+    time(bencher, N * 512 * line, (N, line), &[512, 128, 128], |b, qkv| {
+        let layer = b.begin_layer(KvShape { heads: 2, head_dim: 64 });
+        b.rope_append_kv([qkv[0], qkv[1], qkv[2]], None, layer)?;
+        b.attend(qkv[0], layer, Attention::scaled(0.125))
     });
 }
 
 #[divan::bench(args = [2048, 8192])]
 fn rms_norm(bencher: Bencher, width: usize) {
-    let cpu = Cpu::new(1).expect("a CPU");
-    let weight = cpu.vector(&tensor(BlockType::F32, 1, width)).expect("a vector");
-    let (x, mut out) = (filled(&cpu, 1, width), cpu.buffer(width));
-    bencher.counter(ItemsCount::new(width)).bench_local(|| {
-        cpu.pass(&rows(&[0], &[1], 0), 0, |pass| {
-            pass.rms_norm(&x, &weight, 1e-5, &mut out);
-            Ok(())
-        })
+    time(bencher, width, (1, 0), &[width], |b, x| {
+        let weight = b.vector(tensor(BlockType::F32, 1, width));
+        b.rms_norm(x[0], weight, 1e-5)
     });
 }
 
 #[divan::bench(args = [2048, 8192])]
 fn swiglu(bencher: Bencher, width: usize) {
-    let cpu = Cpu::new(1).expect("a CPU");
-    let (mut gate, up) = (filled(&cpu, 1, width), filled(&cpu, 1, width));
-    bencher.counter(ItemsCount::new(width)).bench_local(|| {
-        cpu.pass(&rows(&[0], &[1], 0), 0, |pass| {
-            pass.swiglu(&mut gate, &up);
-            Ok(())
-        })
+    time(bencher, width, (1, 0), &[width, width], |b, x| {
+        b.gate(Gating::Activated(Activation::Silu), x[0], x[1])?;
+        Ok(x[0])
     });
 }

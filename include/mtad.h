@@ -60,10 +60,13 @@
 
 // The version of this interface. The upper 16 bits change when a program must be compiled, and
 // perhaps changed, anew; the lower ones when something was added.
-#define MTAD_ABI_VERSION (1 << 16)
+#define MTAD_ABI_VERSION ((1 << 16) + 1)
 
 // mtad_pair_options.flags: open the built-in target without its draft.
 #define MTAD_NO_DRAFT 1
+
+// mtad_pair_options.flags: read files into memory instead of mapping them. (Version 1.1.)
+#define MTAD_NO_MMAP 2
 
 // Flags of texts: begin with the token that begins a text, if the model expects one.
 #define MTAD_ADD_BOS 1
@@ -198,6 +201,10 @@ typedef void (*mtad_log_callback)(int32_t level, const char *message, void *user
 
 // How a pair is opened. Paths are UTF-8; `builtin:target` and `builtin:draft` name the models
 // that are part of the library.
+//
+// Files are mapped for as long as the pair or one of its sessions is there: a file must not be cut
+// short or rewritten meanwhile, or the process gets SIGBUS, or weights change. Replacing it by
+// renaming another one does no harm; MTAD_NO_MMAP rules it out.
 typedef struct {
   // sizeof(mtad_pair_options).
   size_t struct_size;
@@ -217,7 +224,7 @@ typedef struct {
   const char *device;
   // CPU threads; 0 is one for each physical core.
   uint32_t threads;
-  // MTAD_NO_DRAFT or 0.
+  // MTAD_NO_DRAFT, MTAD_NO_MMAP.
   uint32_t flags;
   // Told of loading, on the thread that opens the pair; may be NULL.
   mtad_progress_callback progress;
@@ -475,7 +482,9 @@ mtad_status mtad_session_reset(mtad_session *session);
 mtad_status mtad_session_save(mtad_session *session, const char *path);
 
 // Begins a text: evaluates a prompt, except what it shares with the last text. Tokens that begin
-// a text are added as the model expects them. `flags`: MTAD_SPECIAL.
+// a text are added as the model expects them. `flags`: MTAD_SPECIAL. MTAD_ERROR_CANCELLED if
+// mtad_session_cancel stopped it: the prompt is the session's text then, and a generation
+// evaluates what is missing.
 mtad_status mtad_session_prompt(mtad_session *session,
                                 const char *text,
                                 size_t length,
@@ -496,8 +505,9 @@ mtad_status mtad_session_tokens(mtad_session *session,
 // evaluates nothing).
 mtad_status mtad_session_logits(mtad_session *session, float *logits, size_t room, size_t *count);
 
-// Stops the generation that is under way, if there is one, after its round. The one function of a
-// session that any thread may call at any time before the session is freed.
+// Stops the prompt that is being evaluated, within a second or so, or the generation that is under
+// way, after its round; if there is neither, it does nothing. The one function of a session
+// that any thread may call at any time before the session is freed.
 mtad_status mtad_session_cancel(const mtad_session *session);
 
 // Begins to measure energy, `rate` times a second, with the meter or the family of meters that

@@ -35,6 +35,18 @@ pub enum Error {
     /// An argument outside its range, or arguments that contradict each other.
     #[error("{0}")]
     Invalid(String),
+    /// Weights that are quantized already would be rounded again, and nobody allowed that.
+    #[error(
+        "{file}: tensor `{tensor}` is {found}, quantized already; begin with an F16 or F32 file, or allow that one rounding is added to the other"
+    )]
+    Quantized {
+        /// The file.
+        file: String,
+        /// The first tensor of that kind.
+        tensor: String,
+        /// The type that it has.
+        found: String,
+    },
     /// Draft and target do not speak the same tokens.
     #[error(
         "the draft's vocabulary is not the target's: {0}; use a draft trained with the target's tokenizer"
@@ -42,7 +54,7 @@ pub enum Error {
     Vocabulary(String),
     /// More rows were asked for than the context holds.
     #[error(
-        "the context is full: {wanted} rows wanted, {capacity} allowed; raise --ctx-size or shorten the prompt"
+        "the context is full: {wanted} rows wanted, {capacity} allowed; a larger context or a shorter prompt would do"
     )]
     ContextFull {
         /// Rows that would have been needed.
@@ -74,10 +86,24 @@ pub enum Error {
         /// What it was, in the driver's words.
         what: String,
     },
+    /// A model's logits are no numbers to make probabilities of.
+    #[error(
+        "{model}: its logits are not finite numbers (NaN or infinite): a weight of it is damaged, or too large for the arithmetic that runs it"
+    )]
+    NotFinite {
+        /// The model's file; of decoders that run on models without one, `the target` or
+        /// `the draft`.
+        model: String,
+    },
     /// A callback asked to stop.
     #[error("stopped on request")]
     Cancelled,
 }
+
+/// What [`Error::NotFinite`] calls models by before their files are known.
+pub(crate) const TARGET: &str = "the target";
+/// As [`TARGET`].
+pub(crate) const DRAFT: &str = "the draft";
 
 /// `std::result::Result` with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -115,6 +141,14 @@ impl Error {
     /// An [`Error::Unsupported`] for `file`.
     pub fn unsupported(file: impl Into<String>, what: impl Into<String>) -> Self {
         Error::Unsupported { file: file.into(), what: what.into() }
+    }
+
+    /// The same error as the draft's, if it is one of logits.
+    pub(crate) fn of_draft(self) -> Self {
+        match self {
+            Error::NotFinite { .. } => Error::NotFinite { model: DRAFT.to_owned() },
+            error => error,
+        }
     }
 
     /// An [`Error::Invalid`].

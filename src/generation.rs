@@ -5,10 +5,10 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Prefill};
+use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Pieces, Prefill};
 use crate::decode::{Settings, Statistics, Strategy};
 use crate::engine::SessionOptions;
-use crate::error::{Error, Result};
+use crate::error::{DRAFT, Error, Result};
 use crate::lm::{Batch, Lm, Output, Row, Token, Want, extend};
 use crate::pair::Pair;
 use crate::sampling::RngState;
@@ -39,6 +39,8 @@ pub struct Session {
     spoken: usize,
     /// Whether the next generation begins the numbers of its seed.
     fresh: bool,
+    /// Stops prompts that are evaluated without a request.
+    cancel: Arc<AtomicBool>,
 }
 
 /// A token that was decided but not handed out.
@@ -70,7 +72,7 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Whether names of control tokens in the prompt are taken for those tokens.
     pub special: bool,
-    /// Set it from anywhere to stop.
+    /// Set it from anywhere to stop: while the prompt is evaluated or after a round.
     pub cancel: Arc<AtomicBool>,
 }
 
@@ -141,6 +143,7 @@ impl Session {
             ahead: Vec::new(),
             spoken: 0,
             fresh: true,
+            cancel: Arc::default(),
         })
     }
 
@@ -166,7 +169,16 @@ impl Session {
         self.listener = Some(listener);
     }
 
-    /// Starts to generate after a prompt.
+    /// Has [`Session::prompt`] and [`Session::prompt_tokens`] stop with [`Error::Cancelled`] when
+    /// `flag` is set. The prompt is the session's text then, and what is missing is evaluated when
+    /// a generation goes on with it.
+    pub fn cancel_prompts(&mut self, flag: Arc<AtomicBool>) {
+        self.cancel = flag;
+    }
+
+    /// Starts to generate after a prompt. If [`Request::cancel`] is set before the prompt is
+    /// evaluated, the generation has ended ([`StopReason::Interrupt`]) without a token, and
+    /// [`Session::resume`] goes on.
     ///
     /// # Errors
     /// Settings outside their ranges; a prompt that is empty or longer than the context; what
@@ -181,10 +193,16 @@ impl Session {
     /// # Errors
     /// As [`Session::generate`].
     pub fn generate_from(&mut self, prompt: &[Token], request: &Request) -> Result<Generation<'_>> {
-        self.configure(request.settings.clone(), true)?;
-        let prefill = self.start(prompt)?;
-        self.fresh = false;
-        Ok(Generation::new(Owner::Lent(self), request, prefill))
+        self.configure(request.settings.clone(), true, &request.cancel)?;
+        let stopped = match self.start(prompt) {
+            Ok(_) => None,
+            Err(Error::Cancelled) => Some(StopReason::Interrupt),
+            Err(error) => return Err(error),
+        };
+        self.fresh = stopped.is_some();
+        let prefill = self.decoding.as_ref().map(Decoding::prefill).unwrap_or_default();
+        let generation = Generation::new(Owner::Lent(self), request, prefill);
+        Ok(Generation { stopped, ..generation })
     }
 
     /// Begins a text without generating: evaluates a prompt, for [`Session::resume`] to go on.
@@ -203,10 +221,13 @@ impl Session {
     pub fn prompt_tokens(&mut self, prompt: &[Token]) -> Result<Prefill> {
         // What evaluates the prompt with all models that are there.
         let strategy = if self.draft.is_some() { Strategy::Mtad } else { Strategy::Sample };
-        self.configure(Settings { strategy, ..Settings::default() }, true)?;
-        let prefill = self.start(prompt)?;
-        self.fresh = true;
-        Ok(prefill)
+        let cancel = self.cancel.clone();
+        self.configure(Settings { strategy, ..Settings::default() }, true, &cancel)?;
+        let started = self.start(prompt);
+        if matches!(started, Ok(_) | Err(Error::Cancelled)) {
+            self.fresh = true;
+        }
+        started
     }
 
     /// Goes on where the text was left. Limits and statistics count from here. The first
@@ -274,8 +295,15 @@ impl Session {
         tokenizer.encode(prompt, EncodeOptions { bos: tokenizer.add_bos(), special })
     }
 
-    /// Takes settings; `anew` also begins the numbers of their seed.
-    fn configure(&mut self, settings: Settings, anew: bool) -> Result<()> {
+    /// Takes settings; `anew` also begins the numbers of their seed. `cancel` stops what comes.
+    fn configure(
+        &mut self,
+        settings: Settings,
+        anew: bool,
+        cancel: &Arc<AtomicBool>,
+    ) -> Result<()> {
+        let target = Pieces::of_model(self.pair.target().shape().macs);
+        let draft = self.pair.draft().map_or(target, |draft| Pieces::of_model(draft.shape().macs));
         let decoding = match &mut self.decoding {
             Some(decoding) => {
                 match anew {
@@ -286,6 +314,7 @@ impl Session {
             }
             None => self.decoding.insert(Decoding::new(settings)?),
         };
+        decoding.stop_when(cancel.clone(), [target, draft]);
         if let Some(listener) = self.listener.take() {
             decoding.timeline_mut().listen(Some(listener));
         }
@@ -306,7 +335,7 @@ impl Session {
     /// Makes ready to go on; says whether the text has ended.
     fn go_on(&mut self, request: &Request) -> Result<bool> {
         let Some(&last) = self.tokens().last() else { return Err(no_text()) };
-        self.configure(request.settings.clone(), self.fresh)?;
+        self.configure(request.settings.clone(), self.fresh, &request.cancel)?;
         self.settle()?;
         self.with(|decoding, models| decoding.resume(models))?;
         Ok(!std::mem::replace(&mut self.fresh, false) && self.pair.tokenizer().is_end(last))
@@ -350,7 +379,16 @@ impl Session {
             Some(draft) => Models::pair(&mut *self.target, &mut **draft),
             None => Models::alone(&mut *self.target),
         };
-        f(decoding, &mut models)
+        // Decoders know their models by their parts only.
+        f(decoding, &mut models).map_err(|error| match (error, self.pair.draft()) {
+            (Error::NotFinite { model }, Some(draft)) if model == DRAFT => {
+                Error::NotFinite { model: draft.file().name().to_owned() }
+            }
+            (Error::NotFinite { .. }, _) => {
+                Error::NotFinite { model: self.pair.target().file().name().to_owned() }
+            }
+            (error, _) => error,
+        })
     }
 }
 
@@ -544,11 +582,18 @@ impl<'s> Generation<'s> {
             let ahead = std::mem::take(&mut self.session.ahead);
             return self.catch_up(&ahead);
         }
-        let block =
-            self.session.with(|decoding, models| Ok(decoding.next_block(models)?.cloned()))?;
-        let Some(block) = block else {
-            self.end(StopReason::Context);
-            return Ok(());
+        let block = self.session.with(|decoding, models| Ok(decoding.next_block(models)?.cloned()));
+        let block = match block {
+            Ok(Some(block)) => block,
+            Ok(None) => {
+                self.end(StopReason::Context);
+                return Ok(());
+            }
+            Err(Error::Cancelled) => {
+                self.end(StopReason::Interrupt);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
         };
         let tokens = block.tokens.iter().enumerate().map(|(i, &token)| Ahead {
             token,

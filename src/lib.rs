@@ -28,11 +28,12 @@
 //! | module | what is there | may import |
 //! |---|---|---|
 //! | [`error`] | the one error type | nothing |
-//! | `cached` | files that can be made again: where they are kept | nothing |
 //! | [`lm`] | [`lm::Lm`]: what decoders see of a model, a committed line with a tree on it | `error` |
+//! | `files` | files as the program writes them, every one: whole or not at all | `error` |
+//! | `cached` | files that can be made again: where they are kept, and under what key | `error`, `files` |
 //! | [`quant`] | block formats: the scalar truth that kernels are tested against | nothing |
-//! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
-//! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
+//! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `files`, `quant` |
+//! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `files`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
 //! | [`graph`] | forward passes as values: operations over buffers and weights | `error`, `gguf` |
 //! | [`models`] | families of models: metadata and tensors to a program, one file each | `error`, `gguf`, `graph` |
@@ -74,6 +75,7 @@ pub mod error;
 #[cfg(feature = "eval")]
 pub mod eval;
 pub mod exec;
+mod files;
 pub mod generation;
 pub mod gguf;
 pub mod graph;

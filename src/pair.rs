@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::engine::Cpu;
-use crate::engine::{Budget, Device, Model, SessionOptions};
+use crate::engine::{Budget, Device, Model, NoteListener, SessionOptions};
 use crate::error::{Error, Result};
 use crate::generation::Session;
 use crate::gguf::Gguf;
@@ -29,6 +29,8 @@ pub struct LoadOptions {
     /// The most bytes of memory that weights, caches and activations may take together; `None` for what the
     /// system has free. See [`Budget`].
     pub memory: Option<u64>,
+    /// Whether files are mapped; otherwise they are read into memory: see [`Gguf::read`].
+    pub mmap: bool,
 }
 
 impl Default for LoadOptions {
@@ -40,6 +42,7 @@ impl Default for LoadOptions {
             threads: 0,
             repack: true,
             memory: None,
+            mmap: true,
         }
     }
 }
@@ -55,6 +58,14 @@ impl LoadOptions {
 
     fn budget(&self) -> Budget {
         self.memory.map_or_else(Budget::available, Budget::of)
+    }
+
+    /// Opens a model's file as the options say.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Gguf> {
+        if self.mmap { Gguf::open(path) } else { Gguf::read(path) }
     }
 
     fn cpu(&self) -> Result<Cpu> {
@@ -103,8 +114,8 @@ impl Pair {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Self> {
-        let draft = draft.map(Gguf::open).transpose()?;
-        Self::from_files(Gguf::open(target)?, draft, options, progress)
+        let draft = draft.map(|draft| options.open(draft)).transpose()?;
+        Self::from_files(options.open(target)?, draft, options, progress)
     }
 
     /// The pair that is part of the program, without its draft if `with_draft` is false.
@@ -188,10 +199,25 @@ impl Pair {
         self.draft.as_ref()
     }
 
+    /// The files that the models are from, which no output may replace.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        let models = [Some(&self.target), self.draft.as_ref()];
+        models.into_iter().flatten().flat_map(|model| model.file().files()).map(Path::new)
+    }
+
     /// What a person should know of where the models run; see [`Model::take_notes`].
     pub fn take_notes(&self) -> Vec<String> {
         let models = [Some(&self.target), self.draft.as_ref()];
         models.into_iter().flatten().flat_map(Model::take_notes).collect()
+    }
+
+    /// Has such notes heard by `listener`, as they come up, on the threads on which they do; see
+    /// [`Model::on_note`].
+    pub fn on_note(&self, listener: NoteListener) {
+        self.target.on_note(listener.clone());
+        if let Some(draft) = &self.draft {
+            draft.on_note(listener);
+        }
     }
 
     /// The vocabulary of both.
@@ -244,7 +270,7 @@ pub fn builtin_file(name: &str) -> Result<Gguf> {
     }
     #[cfg(not(feature = "builtin-pair"))]
     Err(Error::invalid(format!(
-        "this program was built without the built-in pair (`builtin:{name}`); name a file with --model"
+        "this program was built without the built-in pair (`builtin:{name}`); use a file"
     )))
 }
 
@@ -257,6 +283,6 @@ pub fn builtin_questions() -> Result<&'static str> {
     return Ok(include_str!("../models/questions.jsonl"));
     #[cfg(not(feature = "builtin-pair"))]
     Err(Error::invalid(
-        "this program was built without the built-in pair and its questions; name a file with --prompts",
+        "this program was built without the built-in pair and its questions; use a file of prompts",
     ))
 }

@@ -19,13 +19,14 @@
 //! restored from a file whose checksum is wrong is thrown away.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::path::Path;
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::generation::{Ahead, Session, Snapshot};
 use crate::lm::{Lm, MAX_TREE};
 use crate::pair::Pair;
@@ -39,6 +40,14 @@ const FRESH: u64 = 1;
 const DRAFT: u64 = 2;
 const DRAFTED: u32 = 1;
 const SCORED: u32 = 2;
+/// More tokens beyond the text than this mean a damaged file: what a limit cuts off is the rest of
+/// one block.
+const MOST_AHEAD: u64 = 2 * MAX_TREE as u64;
+/// A row of more bytes than this means a damaged file: it would be one of a model that cannot be
+/// loaded.
+const MOST_ROW: u64 = 1 << 26;
+/// Bytes of rows that nobody needs, read at a time.
+const SKIPPED: usize = 1 << 16;
 
 /// What a file's header says.
 #[derive(Debug, Clone, PartialEq)]
@@ -149,10 +158,6 @@ impl<F> Checked<F> {
     fn new(file: F, path: &Path) -> Self {
         Checked { file, name: path.display().to_string(), sum: Xxh3::new() }
     }
-
-    fn io(&self, source: io::Error) -> Error {
-        Error::io(&self.name, source)
-    }
 }
 
 impl<F: Write> Checked<F> {
@@ -193,32 +198,18 @@ impl Session {
     /// of both models, where the random numbers are, and tokens that were decided beyond the text.
     /// Settings are not part of it.
     ///
-    /// The file appears under its name when it is complete. The first time, the models' files are
-    /// read once more, to be hashed.
+    /// The file appears under its name when it is complete; what was there before stays until then.
+    /// The first time, the models' files are read once more, to be hashed.
     ///
     /// # Errors
-    /// The file cannot be written; what the device reports.
+    /// The file cannot be written, or is a model's; what the device reports.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let name = path.display().to_string();
-        let Some(file_name) = path.file_name() else {
-            return Err(Error::invalid(format!("{name:?} names no file to save a session to")));
-        };
-        let mut part = file_name.to_owned();
-        part.push(format!(".{}.part", std::process::id()));
-        let part = path.with_file_name(part);
-        let file = File::create_new(&part).map_err(|e| Error::io(part.display().to_string(), e))?;
-        let written = self
-            .write(Checked::new(BufWriter::new(file), &part))
-            .and_then(|()| fs::rename(&part, path).map_err(|e| Error::io(&name, e)));
-        if written.is_err() {
-            // What is there is of no use, and the first error says more.
-            let _ = fs::remove_file(&part);
-        }
-        written
+        let out = OutputFile::create(path, self.pair.files())?;
+        self.write(Checked::new(out, path))?.finish()
     }
 
-    fn write(&self, mut out: Checked<BufWriter<File>>) -> Result<()> {
+    fn write<F: Write>(&self, mut out: Checked<F>) -> Result<F> {
         let snapshot = self.snapshot();
         let text = snapshot.text.len();
         let models = [Some(&self.target), self.draft.as_ref()];
@@ -259,7 +250,7 @@ impl Session {
         }
         let sum = out.sum.digest();
         out.put(&sum.to_le_bytes())?;
-        out.file.flush().and_then(|()| out.file.get_ref().sync_all()).map_err(|e| out.io(e))
+        Ok(out.file)
     }
 
     /// A session of its own with the same text, caches and random numbers.
@@ -313,9 +304,9 @@ impl Pair {
         self.read_session(file, meta.len(), options)
     }
 
-    fn read_session(
+    fn read_session<F: Read>(
         &self,
-        mut file: Checked<BufReader<File>>,
+        mut file: Checked<F>,
         len: u64,
         options: &SessionOptions,
     ) -> Result<Session> {
@@ -385,10 +376,17 @@ impl Pair {
             sizes.iter().zip(header.row_bytes).zip(header.rows).all(|((lm, bytes), rows)| {
                 let right = lm.is_none_or(|lm| bytes == lm.row_bytes() as u64);
                 // The last token is pending.
-                (rows == 0 || right) && rows < header.text.max(1)
+                (rows == 0 || right) && bytes <= MOST_ROW && rows < header.text.max(1)
             });
         if !fits || header.spoken > header.text {
             return Err(Error::format(name, "is damaged: its rows are not those of its text"));
+        }
+        if header.ahead > MOST_AHEAD {
+            let what = format!(
+                "is damaged: {} tokens beyond its text, of which there are {MOST_AHEAD} at most",
+                header.ahead
+            );
+            return Err(Error::format(name, what));
         }
         let (wanted, capacity) = (header.text as usize, session.capacity());
         if wanted > capacity {
@@ -398,7 +396,7 @@ impl Pair {
     }
 }
 
-fn read_header(file: &mut Checked<BufReader<File>>, len: u64) -> Result<Header> {
+fn read_header<F: Read>(file: &mut Checked<F>, len: u64) -> Result<Header> {
     let cut = |name: &str, wanted: u64| {
         Err(Error::format(name, format!("is cut short: {len} bytes, of {wanted}")))
     };
@@ -438,19 +436,58 @@ fn read_header(file: &mut Checked<BufReader<File>>, len: u64) -> Result<Header> 
 }
 
 /// Gives the rows of one model to it, or to nobody.
-fn read_rows(
-    file: &mut Checked<BufReader<File>>,
-    mut model: Option<&mut (dyn Lm + 'static)>,
+fn read_rows<F: Read>(
+    file: &mut Checked<F>,
+    model: Option<&mut (dyn Lm + 'static)>,
     rows: usize,
     row_bytes: usize,
 ) -> Result<()> {
     let mut bytes = Vec::new();
+    let Some(model) = model else {
+        let mut left = rows as u64 * row_bytes as u64;
+        while left > 0 {
+            bytes.resize(left.min(SKIPPED as u64) as usize, 0);
+            file.get(&mut bytes)?;
+            left -= bytes.len() as u64;
+        }
+        return Ok(());
+    };
     for piece in pieces(rows) {
         bytes.resize(piece.len() * row_bytes, 0);
         file.get(&mut bytes)?;
-        if let Some(model) = &mut model {
-            model.load_rows(piece.len(), &bytes)?;
-        }
+        model.load_rows(piece.len(), &bytes)?;
     }
     Ok(())
+}
+
+#[cfg(all(test, feature = "builtin-pair"))]
+mod tests {
+    use super::*;
+    use crate::files::faults;
+    use crate::pair::LoadOptions;
+
+    #[test]
+    fn a_session_survives_every_failure() {
+        let options =
+            LoadOptions { threads: 1, device: "cpu".to_owned(), ..LoadOptions::default() };
+        let pair = Pair::builtin(true, &options, &mut |_, _| true).unwrap();
+        let mut session = pair.session(&SessionOptions::default()).unwrap();
+        session.prompt("Once upon a time there was a dog.", false).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("session");
+        session.save(&path).unwrap();
+        let before = fs::read(&path).unwrap();
+        session.prompt("Once upon a time there was a dog. It was old.", false).unwrap();
+        let requests = faults::at_every_request(
+            || session.save(&path),
+            |n| {
+                assert!(fs::read(&path).unwrap() == before, "failure {n}");
+                assert_eq!(folder.path().read_dir().unwrap().count(), 1, "failure {n}");
+            },
+        );
+        assert!(requests >= 4, "{requests}");
+        assert!(fs::read(&path).unwrap() != before);
+        let restored = pair.load_session(&path, &SessionOptions::default()).unwrap();
+        assert_eq!(restored.tokens(), session.tokens());
+    }
 }

@@ -252,3 +252,73 @@ fn loading_can_be_stopped() {
     let stopped = Model::load(file, &device(), &mut |_, _| false);
     assert!(matches!(stopped.err(), Some(Error::Cancelled)));
 }
+
+/// Moves a tensor's data to another place in the file.
+fn moved(mut bytes: Vec<u8>, name: &str, offset: u64) -> Vec<u8> {
+    let at = bytes.windows(name.len()).position(|part| part == name.as_bytes()).unwrap();
+    let rank = u32::from_le_bytes(bytes[at + name.len()..][..4].try_into().unwrap()) as usize;
+    let at = at + name.len() + 4 + 8 * rank + 4;
+    bytes[at..at + 8].copy_from_slice(&offset.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn tensors_that_share_bytes_are_refused() {
+    let mut writer = Writer::new();
+    for name in ["first", "second", "third"] {
+        writer.tensor(name, &[16], BlockType::F32, vec![1; 64]);
+    }
+    let bytes = writer.to_vec();
+    assert_eq!(Gguf::from_vec("x", bytes.clone()).unwrap().tensors().len(), 3);
+    for (name, offset, words) in [
+        // All of another, a part of it, and the first behind the others.
+        ("second", 0, "tensors `first` and `second` overlap: the first takes the bytes 0 to 64"),
+        ("third", 96, "tensors `second` and `third` overlap: the first takes the bytes 64 to 128"),
+        ("first", 96, "tensors `second` and `first` overlap"),
+    ] {
+        let error = Gguf::from_vec("x", moved(bytes.clone(), name, offset)).unwrap_err();
+        assert!(matches!(error, Error::Format { .. }), "{error}");
+        let error = error.to_string();
+        assert!(error.contains(words) || offset == 0 && error.contains("overlap"), "{error}");
+    }
+    // Out of order, but apart.
+    let swapped = moved(moved(bytes, "first", 64), "second", 0);
+    assert_eq!(Gguf::from_vec("x", swapped).unwrap().tensors().len(), 3);
+}
+
+#[test]
+fn a_vocabulary_with_a_merge_for_everything_is_refused() {
+    // All strings of four letters up to a length: each is all its cuts of two others.
+    let mut pieces = vec![String::new()];
+    let mut all = Vec::new();
+    for _ in 0..8 {
+        let longer = |piece: &String| ["a", "b", "c", "d"].map(|letter| format!("{piece}{letter}"));
+        pieces = pieces.iter().flat_map(longer).collect();
+        all.extend(pieces.iter().cloned());
+    }
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    let error = message(&sentencepiece(&all));
+    assert!(error.contains("ways to join the") && error.contains("no vocabulary"), "{error}");
+    // Long tokens of one letter: few ways to join, but each of them is long.
+    let long: Vec<String> = (1..=181).map(|n| "a".repeat(n)).collect();
+    let long: Vec<&str> = long.iter().map(String::as_str).collect();
+    let error = message(&sentencepiece(&long));
+    assert!(error.contains("ways to join the 181 tokens"), "{error}");
+    // (A model that has neither of them.)
+    use_file(tiny_llama().to_vec(), &device()).unwrap();
+}
+
+#[test]
+fn a_file_that_is_read_is_the_file_that_is_mapped() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    std::fs::write(&path, tiny_llama().to_vec()).unwrap();
+    let (mapped, read) = (Gguf::open(&path).unwrap(), Gguf::read(&path).unwrap());
+    assert_eq!(mapped.digest(), read.digest());
+    assert_eq!((mapped.name(), mapped.file_len()), (read.name(), read.file_len()));
+    // What was read does not change with the file.
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
+    assert_eq!(read.digest(), common::gguf(&tiny_llama()).digest());
+    assert!(Gguf::read(&path).unwrap_err().to_string().contains("is empty"));
+    assert!(Gguf::read(folder.path()).unwrap_err().to_string().contains("is a directory"));
+}

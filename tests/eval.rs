@@ -322,3 +322,127 @@ fn layouts_in_the_wild_are_read() {
         assert!(set.tasks.iter().take(50).map(right).sum::<f64>() < 10.0);
     }
 }
+
+/// Spider's queries, which run in a process of their own.
+#[cfg(feature = "spider")]
+mod spider {
+    use std::io::{BufRead, BufReader, Write};
+    use std::time::{Duration, Instant};
+
+    use mtad::eval::TaskSet;
+    use rusqlite::Connection;
+
+    use super::*;
+
+    /// A query of one step that takes minutes: SQLite cannot be asked to end it.
+    const ONE_STEP: &str = "sum(instr(hex(zeroblob(499000)), hex(zeroblob(240000)) || '1')) \
+                            FROM (VALUES (1), (2), (3), (4), (5), (6), (7), (8), (9))";
+
+    /// A folder of questions about one database.
+    fn folder() -> tempfile::TempDir {
+        mtad::eval::run_queries_with(env!("CARGO_BIN_EXE_mtad"));
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("database/zoo");
+        std::fs::create_dir_all(&place).unwrap();
+        let script = "CREATE TABLE animal (id INTEGER PRIMARY KEY, name TEXT, legs INTEGER);
+             INSERT INTO animal VALUES (1, 'cat', 4), (2, 'hen', 2), (3, 'dog', 4);";
+        Connection::open(place.join("zoo.sqlite")).unwrap().execute_batch(script).unwrap();
+        let tables = r#"[{"db_id": "zoo", "table_names_original": ["animal"],
+            "column_names_original": [[-1, "*"], [0, "id"], [0, "name"], [0, "legs"]],
+            "column_types": ["text", "number", "text", "number"], "primary_keys": [1], "foreign_keys": []}]"#;
+        std::fs::write(folder.path().join("tables.json"), tables).unwrap();
+        let dev = r#"[
+            {"db_id": "zoo", "question": "Which animals have four legs?", "query": "SELECT name FROM animal WHERE legs = 4"},
+            {"db_id": "zoo", "question": "Sorted?", "query": "SELECT name FROM animal ORDER BY name DESC"},
+            {"db_id": "zoo", "question": "Broken", "query": "SELECT wings FROM animal"},
+            {"db_id": "zoo", "question": "Harmful", "query": "DELETE FROM animal"},
+            {"db_id": "sea", "question": "Gone", "query": "SELECT 1"}]"#;
+        std::fs::write(folder.path().join("dev.json"), dev).unwrap();
+        folder
+    }
+
+    #[test]
+    fn answers_are_compared_by_what_they_find() {
+        let folder = folder();
+        let set = TaskSet::read(folder.path()).unwrap();
+        assert_eq!(set.tasks.len(), 2);
+        let notes = &set.notes;
+        assert!(notes[0].contains("sea") && notes[1].contains("2 questions"), "{notes:?}");
+        let prompt = &set.tasks[0].prompt;
+        assert!(prompt.starts_with(
+            "CREATE TABLE animal (id number, name text, legs number, PRIMARY KEY (id));"
+        ));
+        assert!(prompt.ends_with("-- Which animals have four legs?\nSELECT"), "{prompt}");
+        let score = |task: usize, text: &str| {
+            set.tasks[task].answer.as_ref().unwrap().try_score(text).unwrap()
+        };
+        assert_eq!(score(0, " name FROM animal WHERE legs > 3 ORDER BY id DESC; and more"), 1.0);
+        assert_eq!(score(0, " name FROM animal"), 0.0);
+        assert_eq!(score(0, " nonsense FROM"), 0.0);
+        assert_eq!(score(1, "name from animal order by 1 desc"), 1.0);
+        assert_eq!(score(1, "name from animal order by 1"), 0.0);
+
+        // A query that cannot be ended is ended all the same, and the next one is answered.
+        let start = Instant::now();
+        assert_eq!(score(0, ONE_STEP), 0.0);
+        let took = start.elapsed();
+        assert!((Duration::from_secs(5)..Duration::from_secs(8)).contains(&took), "{took:?}");
+        assert_eq!(score(0, "name FROM animal WHERE legs = 4"), 1.0);
+        // As is one of many short steps, by itself.
+        let endless = "count(*) FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 \
+                       FROM n) SELECT i FROM n)";
+        assert_eq!(score(0, endless), 0.0);
+        assert!(start.elapsed() < Duration::from_secs(16));
+    }
+
+    /// The process of the queries, asked directly.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn queries_have_little_memory_and_end_with_who_asked() {
+        let folder = folder();
+        let database = folder.path().join("database/zoo/zoo.sqlite");
+        let mut process = Command::new(env!("CARGO_BIN_EXE_mtad"))
+            .arg("answer-queries")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut requests = process.stdin.take().unwrap();
+        let mut answers = BufReader::new(process.stdout.take().unwrap());
+        let mut send = |sql: &str| {
+            let request = serde_json::json!({"database": database, "sql": sql});
+            writeln!(requests, "{request}").unwrap();
+        };
+        let mut answer = || {
+            let mut line = String::new();
+            answers.read_line(&mut line).unwrap();
+            serde_json::from_str::<Value>(&line).unwrap()
+        };
+        let many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 5000) ";
+        for sql in [
+            format!("{many} SELECT hex(zeroblob(450000)) FROM n ORDER BY 1 DESC"),
+            format!("{many} SELECT group_concat(hex(zeroblob(450000))) FROM n"),
+            format!("{many} SELECT hex(zeroblob(450000)), i FROM n"),
+        ] {
+            send(&sql);
+            let answer = answer();
+            assert!(answer["failed"].is_string(), "{sql}: {answer}");
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+        let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        let most: u64 = most.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(most < 300 << 10, "{most} KiB");
+        // In the middle of a query that does not end.
+        send(&format!("SELECT {ONE_STEP}"));
+        std::thread::sleep(Duration::from_millis(200));
+        drop(requests);
+        let start = Instant::now();
+        while process.try_wait().unwrap().is_none() {
+            if start.elapsed() > Duration::from_secs(3) {
+                process.kill().unwrap();
+                panic!("it goes on");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 /// same in words.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
-    ("cached", &[]),
+    ("files", &["error"]),
+    ("cached", &["error", "files"]),
     ("lm", &["error"]),
     ("quant", &[]),
-    ("gguf", &["error", "quant"]),
-    ("convert", &["error", "quant", "gguf"]),
+    ("gguf", &["error", "files", "quant"]),
+    ("convert", &["error", "files", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
     ("graph", &["error", "gguf"]),
     ("models", &["error", "gguf", "graph"]),
@@ -197,4 +198,42 @@ fn every_module_says_what_it_is_for() {
     for (file, _, text) in library() {
         assert!(text.starts_with("//! "), "{file} does not begin with a module comment");
     }
+}
+
+#[test]
+fn nothing_that_is_printed_can_panic() {
+    for (file, _, text) in library() {
+        if file.ends_with("/tests.rs") {
+            continue;
+        }
+        for (number, line) in code(&text) {
+            let macros = ["println!", "print!", "eprintln!", "eprint!", "dbg!"];
+            assert!(
+                !macros.iter().any(|name| line.contains(name)),
+                "{file}:{number}: print through `cli::console`, which does not panic"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_library_names_no_options_of_the_command_line() {
+    // What devices say goes through the backends, and pages have styles.
+    const EXCEPT: [&str; 4] =
+        ["src/cli/", "src/backend/", "src/main.rs", "src/eval/report/html.rs"];
+    let mut seen = 0;
+    for (file, _, text) in library() {
+        for (number, line) in code(&text) {
+            let option = line.match_indices("--").any(|(at, _)| {
+                line[at + 2..].starts_with(|c: char| c.is_ascii_lowercase())
+                    && !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '-')
+            });
+            seen += usize::from(option);
+            assert!(
+                !option || EXCEPT.iter().any(|place| file.starts_with(place)),
+                "{file}:{number}: the command line adds its options' names, the library has none"
+            );
+        }
+    }
+    assert!(seen > 0, "the search for options finds nothing");
 }

@@ -236,3 +236,91 @@ fn single_precision_and_empty_sessions_are_restored_too() {
     second.resume(&request).unwrap().for_each(|piece| resumed.hear(piece.unwrap()));
     assert_eq!(resumed, told);
 }
+
+#[test]
+fn a_prompt_that_was_stopped_is_the_same_text_in_the_end() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let pair = Pair::builtin(true, &LoadOptions::default(), &mut |_, _| true).unwrap();
+    // Longer than what a round evaluates by itself.
+    let prompt = "Once upon a time there was a little dog. ".repeat(20);
+    for strategy in [Strategy::Mtad, Strategy::Speculative, Strategy::Sample] {
+        let stopped = Arc::new(AtomicBool::new(true));
+        let mut request = Request { max_tokens: Some(30), ..Request::default() };
+        request.settings = Settings { strategy, seed: 5, score: true, ..Settings::default() };
+        let text = |generation: mtad::Generation<'_>| -> String {
+            generation.map(|piece| piece.unwrap().text).collect()
+        };
+        let whole = text(
+            pair.session(&SessionOptions::default()).unwrap().generate(&prompt, &request).unwrap(),
+        );
+
+        let mut session = pair.session(&SessionOptions::default()).unwrap();
+        let asked = Request { cancel: stopped.clone(), ..request.clone() };
+        let mut generation = session.generate(&prompt, &asked).unwrap();
+        assert_eq!(generation.stop_reason(), Some(mtad::StopReason::Interrupt));
+        assert_eq!((generation.prefill().evaluated, generation.tokens().len()), (0, 0));
+        assert!(generation.next().is_none());
+        drop(generation);
+        // While it is still to stop, nothing is evaluated.
+        assert_eq!(text(session.resume(&asked).unwrap()), "");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        session.save(file.path()).unwrap();
+        assert_eq!(text(session.resume(&request).unwrap()), whole, "{strategy}");
+        let mut restored = pair.load_session(file.path(), &SessionOptions::default()).unwrap();
+        assert_eq!(text(restored.resume(&request).unwrap()), whole, "{strategy}");
+
+        // Without a request.
+        let mut session = pair.session(&SessionOptions::default()).unwrap();
+        session.cancel_prompts(stopped.clone());
+        assert!(matches!(session.prompt(&prompt, false), Err(mtad::Error::Cancelled)));
+        stopped.store(false, Ordering::Relaxed);
+        assert_eq!(text(session.resume(&request).unwrap()), whole, "{strategy}");
+    }
+}
+
+/// A saved session whose header says something else, with the checksum that goes with it; as long
+/// as the header says, without taking space.
+fn forged(bytes: &[u8], at: usize, claim: u64, len: u64) -> PathBuf {
+    let mut header = bytes[..136].to_vec();
+    header[at..at + 8].copy_from_slice(&claim.to_le_bytes());
+    let sum = xxhash_rust::xxh3::xxh3_64(&header[..128]);
+    header[128..].copy_from_slice(&sum.to_le_bytes());
+    let path = file("forged");
+    fs::write(&path, [&header, &bytes[136..]].concat()).unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+    path
+}
+
+#[test]
+fn no_memory_is_taken_for_what_a_file_claims() {
+    let pair = pair();
+    let options = SessionOptions::default();
+    let whole = file("claims");
+    let mut first = session(&pair);
+    first.generate(PROMPT, &request(Strategy::Mtad)).unwrap().take(2).for_each(drop);
+    first.save(&whole).unwrap();
+    let bytes = fs::read(&whole).unwrap();
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let [text, ahead, draft_rows, draft_bytes] = [72, 88, 112, 120].map(number);
+    assert!(draft_rows > 0);
+
+    // 320 GB of tokens beyond the text; 32 GB of text; rows of 1 GB, of a draft that is not there.
+    let most = 20_000_000_000;
+    let len = |at: u64, each: u64, claim: u64| bytes.len() as u64 + each * (claim - at);
+    let beyond = forged(&bytes, 88, most, len(ahead, 16, most));
+    let error = refusal(&pair, &beyond, &options).to_string();
+    assert!(error.contains("20000000000 tokens beyond its text"), "{error}");
+    let most = 1 << 33;
+    let long = forged(&bytes, 72, most, len(text, 4, most));
+    let error = pair.load_session(&long, &options).err().unwrap();
+    assert!(matches!(error, Error::ContextFull { .. }), "{error}");
+    let load = LoadOptions { threads: 1, ..LoadOptions::default() };
+    let target = mtad::pair::builtin_file("target").unwrap();
+    let alone = Pair::from_files(target, None, &load, &mut |_, _| true).unwrap();
+    let most = 1 << 30;
+    let wide = forged(&bytes, 120, most, len(draft_bytes, draft_rows, most));
+    let error = refusal(&alone, &wide, &options).to_string();
+    assert!(error.contains("its rows are not those of its text"), "{error}");
+    assert!(alone.load_session(&whole, &options).is_ok());
+}

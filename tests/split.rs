@@ -218,6 +218,19 @@ fn parts_that_do_not_belong_together_are_refused_by_name() {
         &["`token_embd.weight` is in another part", "of another"],
     );
 
+    // A part whose tensors share bytes.
+    let parts = Parts::new(true);
+    let mut bytes = parts.writers[1].to_vec();
+    let second = parts.whole.tensors().nth(5).unwrap().name.to_owned();
+    let at = bytes.windows(second.len()).position(|part| part == second.as_bytes()).unwrap();
+    let at = at + second.len();
+    let rank = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let offset = at + 4 + 8 * rank + 4;
+    assert_ne!(bytes[offset..offset + 8], [0; 8]);
+    bytes[offset..offset + 8].fill(0);
+    std::fs::write(parts.path(1), bytes).unwrap();
+    check(&parts.error(), &parts.name(1), &["overlap", &second]);
+
     // A damaged part, and absurd counts.
     let mut parts = Parts::new(true);
     std::fs::write(parts.path(2), &parts.writers[2].to_vec()[..100]).unwrap();

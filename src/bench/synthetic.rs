@@ -1,11 +1,11 @@
 //! Models of real shapes with random weights, so that anyone can time a 7B without a download.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::Path;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::gguf::{OwnedValue, Writer};
 use crate::quant::{BlockType, ModelFacts, Recipe};
 
@@ -125,18 +125,23 @@ impl Synthetic {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let io = |e| Error::io(path.display().to_string(), e);
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
+        let mut out = OutputFile::create(path, [])?;
+        self.write_to(&mut out).map_err(|e| out.error(e))?;
+        out.finish()
+    }
+
+    /// Writes the model to what is open.
+    ///
+    /// # Errors
+    /// What `out` returns.
+    pub fn write_to(&self, out: &mut impl Write) -> io::Result<()> {
         let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
-        self.plan()
-            .write_with(&mut out, |name, (block_type, len), out| {
-                if name.ends_with("norm.weight") {
-                    return (0..len / 4).try_for_each(|_| out.write_all(&1f32.to_le_bytes()));
-                }
-                random_blocks(block_type, len, &mut noise, out)
-            })
-            .and_then(|()| out.flush())
-            .map_err(io)
+        self.plan().write_with(out, |name, (block_type, len), out| {
+            if name.ends_with("norm.weight") {
+                return (0..len / 4).try_for_each(|_| out.write_all(&1f32.to_le_bytes()));
+            }
+            random_blocks(block_type, len, &mut noise, out)
+        })
     }
 }
 

@@ -167,7 +167,7 @@ unsafe fn open(options: Option<&mtad_pair_options>) -> Outcome<mtad_pair> {
         let log = Log { callback: None, user_data: std::ptr::null_mut() };
         return Ok(mtad_pair { pair, fate: Fate::default(), log });
     };
-    if options.flags & !MTAD_NO_DRAFT != 0 {
+    if options.flags & !(MTAD_NO_DRAFT | MTAD_NO_MMAP) != 0 {
         return Err(unknown_flags(options.flags));
     }
     let mut load = LoadOptions::default();
@@ -180,11 +180,12 @@ unsafe fn open(options: Option<&mtad_pair_options>) -> Outcome<mtad_pair> {
         return Err(Error::invalid(what).into());
     }
     load.threads = options.threads as usize;
+    load.mmap = options.flags & MTAD_NO_MMAP == 0;
     // SAFETY: as the caller says.
     let (target, draft) = unsafe {
         (
-            model(options.target, options.target_data, options.target_size, "target")?,
-            model(options.draft, options.draft_data, options.draft_size, "draft")?,
+            model(&load, options.target, options.target_data, options.target_size, "target")?,
+            model(&load, options.draft, options.draft_data, options.draft_size, "draft")?,
         )
     };
     let mut progress = |done, total| match options.progress {
@@ -210,6 +211,7 @@ unsafe fn open(options: Option<&mtad_pair_options>) -> Outcome<mtad_pair> {
             pair.load_seconds()
         ),
     );
+    pair.on_note(Arc::new(move |note| log.say(MTAD_LOG_WARNING, note.to_owned())));
     Ok(mtad_pair { pair, fate: Fate::default(), log })
 }
 
@@ -222,6 +224,7 @@ pub(super) fn unknown_flags(flags: u32) -> Failure {
 /// # Safety
 /// What the pointers point to is there.
 unsafe fn model(
+    load: &LoadOptions,
     path: *const c_char,
     data: *const c_void,
     size: usize,
@@ -235,7 +238,7 @@ unsafe fn model(
         }
         (Some(path), true) => Ok(Some(match path.strip_prefix("builtin:") {
             Some(name) => builtin_file(name)?,
-            None => Gguf::open(path)?,
+            None => load.open(path)?,
         })),
         (None, false) => {
             let what = format!("{what}_data");

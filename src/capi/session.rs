@@ -45,11 +45,13 @@ fn lock<T>(mutex: &Mutex<T>) -> Outcome<MutexGuard<'_, T>> {
 }
 
 impl mtad_session {
-    pub(super) fn new(session: Session, log: Log) -> Arc<Self> {
+    pub(super) fn new(mut session: Session, log: Log) -> Arc<Self> {
+        let cancel = Arc::<AtomicBool>::default();
+        session.cancel_prompts(cancel.clone());
         Arc::new(mtad_session {
             place: Mutex::new(Some(Box::new(session))),
             meters: Mutex::default(),
-            cancel: Arc::default(),
+            cancel,
             fate: Fate::default(),
             log,
         })
@@ -164,13 +166,6 @@ unsafe fn make(
         placed?;
         // SAFETY: as the caller says.
         let options = unsafe { session_options(options)? };
-        let trained = handle.pair.target().shape().context;
-        if let Some(wanted) = options.context.filter(|&wanted| wanted > trained) {
-            let message = format!(
-                "a context of {wanted} is beyond the {trained} that the model was trained for"
-            );
-            handle.log.say(MTAD_LOG_WARNING, message);
-        }
         let made = mtad_session::new(work(handle, &options)?, handle.log);
         // SAFETY: as the caller says; it is not null.
         unsafe { memory::handle(session, made) };
@@ -189,6 +184,25 @@ unsafe fn using(
     // SAFETY: as the caller says.
     let Some(handle) = (unsafe { memory::get(session) }) else { return MTAD_ERROR_NULL };
     on(&handle.fate, || handle.with(work).map(|()| MTAD_OK))
+}
+
+/// The same for work that [`mtad_session_cancel`] stops.
+///
+/// # Safety
+/// `session` is a session or NULL.
+unsafe fn prompting(
+    session: *const mtad_session,
+    work: impl FnOnce(&mut Session) -> Outcome,
+) -> mtad_status {
+    // SAFETY: as the caller says.
+    let Some(handle) = (unsafe { memory::get(session) }) else { return MTAD_ERROR_NULL };
+    on(&handle.fate, || {
+        handle.with(|session| {
+            handle.cancel.store(false, Ordering::Relaxed);
+            work(session)
+        })?;
+        Ok(MTAD_OK)
+    })
 }
 
 /// A session of its own with the same text, caches and random numbers.
@@ -238,7 +252,9 @@ pub unsafe extern "C" fn mtad_session_save(
 }
 
 /// Begins a text: evaluates a prompt, except what it shares with the last text. Tokens that begin
-/// a text are added as the model expects them. `flags`: MTAD_SPECIAL.
+/// a text are added as the model expects them. `flags`: MTAD_SPECIAL. MTAD_ERROR_CANCELLED if
+/// mtad_session_cancel stopped it: the prompt is the session's text then, and a generation
+/// evaluates what is missing.
 ///
 /// # Safety
 /// `session` is a session or NULL; `text` has `length` bytes.
@@ -259,7 +275,7 @@ pub unsafe extern "C" fn mtad_session_prompt(
         Ok(())
     };
     // SAFETY: as the caller says.
-    unsafe { using(session, work) }
+    unsafe { prompting(session, work) }
 }
 
 /// The same with tokens, which are taken as they are.
@@ -284,7 +300,7 @@ pub unsafe extern "C" fn mtad_session_prompt_tokens(
         Ok(())
     };
     // SAFETY: as the caller says.
-    unsafe { using(session, work) }
+    unsafe { prompting(session, work) }
 }
 
 /// Prompt and generated tokens, as far as they were handed out. `count` is set to how many there
@@ -329,8 +345,9 @@ pub unsafe extern "C" fn mtad_session_logits(
     unsafe { using(session, work) }
 }
 
-/// Stops the generation that is under way, if there is one, after its round. The one function of a
-/// session that any thread may call at any time before the session is freed.
+/// Stops the prompt that is being evaluated, within a second or so, or the generation that is under
+/// way, after its round; if there is neither, it does nothing. The one function of a session
+/// that any thread may call at any time before the session is freed.
 ///
 /// # Safety
 /// `session` is a session or NULL.

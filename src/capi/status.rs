@@ -74,9 +74,9 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let status = match &error {
             Error::Io { .. } => MTAD_ERROR_IO,
-            Error::Format { .. } => MTAD_ERROR_FORMAT,
+            Error::Format { .. } | Error::NotFinite { .. } => MTAD_ERROR_FORMAT,
             Error::Unsupported { .. } => MTAD_ERROR_UNSUPPORTED,
-            Error::Invalid(_) => MTAD_ERROR_INVALID,
+            Error::Invalid(_) | Error::Quantized { .. } => MTAD_ERROR_INVALID,
             Error::Vocabulary(_) => MTAD_ERROR_VOCABULARY,
             Error::ContextFull { .. } => MTAD_ERROR_CONTEXT,
             Error::Device { .. } | Error::DeviceLost { .. } => MTAD_ERROR_DEVICE,

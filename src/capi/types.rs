@@ -7,7 +7,7 @@ use super::memory::Versioned;
 
 /// The version of this interface. The upper 16 bits change when a program must be compiled, and
 /// perhaps changed, anew; the lower ones when something was added.
-pub const MTAD_ABI_VERSION: u32 = 1 << 16;
+pub const MTAD_ABI_VERSION: u32 = (1 << 16) + 1;
 
 /// A length: the text ends with a NUL.
 ///
@@ -21,6 +21,8 @@ pub const MTAD_NO_LIMIT: usize = usize::MAX;
 
 /// mtad_pair_options.flags: open the built-in target without its draft.
 pub const MTAD_NO_DRAFT: u32 = 1;
+/// mtad_pair_options.flags: read files into memory instead of mapping them. (Version 1.1.)
+pub const MTAD_NO_MMAP: u32 = 2;
 
 /// Flags of texts: begin with the token that begins a text, if the model expects one.
 pub const MTAD_ADD_BOS: u32 = 1;
@@ -70,6 +72,10 @@ pub struct mtad_error {
 
 /// How a pair is opened. Paths are UTF-8; `builtin:target` and `builtin:draft` name the models
 /// that are part of the library.
+///
+/// Files are mapped for as long as the pair or one of its sessions is there: a file must not be cut
+/// short or rewritten meanwhile, or the process gets SIGBUS, or weights change. Replacing it by
+/// renaming another one does no harm; MTAD_NO_MMAP rules it out.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct mtad_pair_options {
@@ -91,7 +97,7 @@ pub struct mtad_pair_options {
     pub device: *const c_char,
     /// CPU threads; 0 is one for each physical core.
     pub threads: u32,
-    /// MTAD_NO_DRAFT or 0.
+    /// MTAD_NO_DRAFT, MTAD_NO_MMAP.
     pub flags: u32,
     /// Told of loading, on the thread that opens the pair; may be NULL.
     pub progress: mtad_progress_callback,

@@ -1,5 +1,6 @@
 //! `mtad bench`: how fast a model runs here, and how near that is to what the machine can do.
 
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,14 +8,17 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
+use tempfile::NamedTempFile;
 
+use super::console::tell;
 use super::metering::{MeterArgs, Metering, Work};
-use super::{DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar};
+use super::{
+    DeviceArgs, interrupts, loading_bar, note_listener, open_model_as, print_line, progress_bar,
+};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
 use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
 
 /// Time passes over a model, and compare them with what the machine can do at most
 ///
@@ -78,7 +82,7 @@ impl Observer for Watch {
     fn step(&mut self, done: usize, steps: usize) -> bool {
         self.bar.set_length(steps as u64);
         self.bar.set_position(done as u64);
-        true
+        !interrupts::asked()
     }
 
     fn generating(&mut self, begins: bool) {
@@ -91,25 +95,29 @@ impl Observer for Watch {
 }
 
 pub(super) fn bench(args: &BenchArgs) -> Result<()> {
-    let device = args.device.load_options().device()?;
+    let options = args.device.load_options();
+    let device = options.device()?;
     // A synthetic model lives in a file that is gone with the process, unless it is kept.
     let mut scratch = None;
-    let file = match (&args.synthetic, &args.model) {
-        (Some(synthetic), _) => {
-            let path = match &args.keep {
-                Some(path) => path.clone(),
-                None => scratch.insert(Scratch::new()).0.clone(),
-            };
-            eprintln!("writing random weights to {}", path.display());
-            synthetic.write(&path)?;
-            Gguf::open(path)?
+    let file = match (&args.synthetic, &args.keep) {
+        (Some(synthetic), Some(path)) => {
+            tell!("writing random weights to {}", path.display());
+            synthetic.write(path)?;
+            options.open(path)?
         }
-        (None, Some(path)) => open_model(path)?,
-        (None, None) => open_model("builtin:target".as_ref())?,
+        (Some(synthetic), None) => {
+            let file = scratch.insert(write_scratch(synthetic)?);
+            interrupts::remove_at_end(file.path());
+            options.open(file.path())?
+        }
+        (None, _) => {
+            let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
+            open_model_as(path, &options)?
+        }
     };
     let name = file.get_str("general.name").ok().flatten().unwrap_or(file.name()).to_owned();
     let model = Model::load(Arc::new(file), &device, &mut loading_bar())?;
-    print_notes(model.take_notes());
+    model.on_note(note_listener());
     // The map keeps the file; where systems allow it, it is gone even if the process is killed.
     #[cfg(unix)]
     drop(scratch);
@@ -154,21 +162,18 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     }
 }
 
-/// A file in the temporary folder that is removed when it is no longer needed.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        Scratch(std::env::temp_dir().join(format!("mtad-bench-{}.gguf", std::process::id())))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            eprintln!("mtad: {}", Error::io(self.0.display().to_string(), error));
-        }
-    }
+/// Writes a model to the temporary folder, under a name that nobody can have put a link at, to be
+/// removed when it is no longer needed.
+fn write_scratch(synthetic: &Synthetic) -> Result<NamedTempFile> {
+    let folder = std::env::temp_dir();
+    let file = tempfile::Builder::new().prefix("mtad-bench-").suffix(".gguf").tempfile_in(&folder);
+    let mut file = file.map_err(|e| Error::io(folder.display().to_string(), e))?;
+    let name = file.path().display().to_string();
+    tell!("writing random weights to {name}");
+    let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
+    let written = synthetic.write_to(&mut out).and_then(|()| out.flush());
+    drop(out);
+    written.map(|()| file).map_err(|e| Error::io(name, e))
 }
 
 const GIGA: f64 = 1e9;

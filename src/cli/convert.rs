@@ -6,8 +6,8 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::json;
 
+use super::print_notes;
 use super::stored::{Report, with_progress};
-use super::{print_line, print_notes};
 use crate::convert::convert as write;
 use crate::error::Result;
 use crate::quant::Recipe;
@@ -25,7 +25,8 @@ pub struct ConvertArgs {
     #[arg(value_name = "DIR")]
     input: PathBuf,
 
-    /// The GGUF file to write; it appears when it is whole
+    /// The GGUF file to write; it appears when it is whole. For /dev/stdout the report goes to
+    /// standard error
     #[arg(value_name = "OUT.gguf")]
     output: PathBuf,
 
@@ -66,14 +67,12 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<()> {
             None => serde_json::Value::Null,
         };
         line["notes"] = converted.notes.into();
-        return print_line(line);
+        return report.say(line);
     }
     report.print()?;
     match converted.tokenizer {
-        Some((model, tokens)) => print_line(format_args!(
-            "  {} with {tokens} tokens (`{model}`)",
-            converted.architecture
-        )),
-        None => print_line(format_args!("  {} without a tokenizer", converted.architecture)),
+        Some((model, tokens)) => report
+            .say(format_args!("  {} with {tokens} tokens (`{model}`)", converted.architecture)),
+        None => report.say(format_args!("  {} without a tokenizer", converted.architecture)),
     }
 }

@@ -4,23 +4,27 @@
 //! measuring is paid once. Tables are kept in the folder of [`crate::cached`]; removing a file
 //! measures anew.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::console::tell;
 use crate::cached;
 use crate::decode::CostTable;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::pair::Pair;
+
+/// Larger files than this are no cost tables, and no outputs of runs.
+const MOST_BYTES: u64 = 64 << 20;
 
 /// A cost table, alone or in the output of a run.
 pub(super) fn read(file: &Path) -> Result<CostTable> {
     let name = file.display().to_string();
-    let text = std::fs::read_to_string(file).map_err(|error| Error::io(&name, error))?;
+    let text = files::read(file, MOST_BYTES)?;
     let wrong = |what: String| Error::format(&name, what);
-    let json: Value = serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
+    let json: Value = serde_json::from_slice(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
     let table = json.get("cost_table").unwrap_or(&json);
     let entries = |key: &str| {
         let pairs = table.get(key).and_then(Value::as_array);
@@ -46,15 +50,13 @@ pub(super) struct Kept(Option<PathBuf>);
 impl Kept {
     /// The place for this pair.
     pub fn of(pair: &Pair) -> Self {
-        let mut key = DefaultHasher::new();
-        env!("CARGO_PKG_VERSION").hash(&mut key);
+        let mut key = cached::Key::new("costs").text(env!("CARGO_PKG_VERSION"));
         for model in [Some(pair.target()), pair.draft()].into_iter().flatten() {
             let file = model.file();
-            (file.name(), file.file_len(), model.describe()).hash(&mut key);
+            key = key.text(file.name()).number(file.file_len() as u64).text(&model.describe());
         }
-        Kept(
-            cached::folder().map(|folder| folder.join(format!("costs-{:016x}.json", key.finish()))),
-        )
+        let name = format!("costs-{}.json", key.finish());
+        Kept(cached::folder().map(|folder| folder.join(name)))
     }
 
     /// The table that was kept, if there is one that can be read.
@@ -63,7 +65,7 @@ impl Kept {
         match read(path) {
             Ok(costs) => Some(Arc::new(costs)),
             Err(error) => {
-                eprintln!("mtad: {error}; measuring anew");
+                tell!("mtad: {error}; measuring anew");
                 None
             }
         }
@@ -74,7 +76,7 @@ impl Kept {
         let Some(path) = &self.0 else { return };
         let json = json!({ "cost_table": to_json(costs) }).to_string();
         if let Err(error) = cached::write(path, json.as_bytes()) {
-            eprintln!("mtad: the cost table is not kept: {}: {error}", path.display());
+            tell!("mtad: the cost table is not kept: {}: {error}", path.display());
         }
     }
 }

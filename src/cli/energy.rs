@@ -1,20 +1,21 @@
 //! `mtad energy`: joules per token of strategies side by side.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use clap::Args;
 use serde_json::{Value as Json, json};
 
+use super::console::tell;
+use super::interrupts::{self, Finishing};
 use super::metering::{Measured, Metering, PHASES, Work};
-use super::run::{RunArgs, clock_seed, watch_for_interrupts};
-use super::{print_line, print_notes, read_text, table};
+use super::run::{RunArgs, clock_seed};
+use super::{note_listener, print_line, read_text, table};
 use crate::decode::Strategy;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::generation::Request;
 use crate::pair::Pair;
 
@@ -103,7 +104,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     }
     let strategies = args.strategies();
     let prompts = args.prompts()?;
-    let cancel = Arc::new(AtomicBool::new(false));
+    let cancel = interrupts::flag();
     let first_seed = args.run.seed.unwrap_or_else(clock_seed);
     // The same seeds for all strategies, others with each repeat.
     let costs = args.run.costs()?;
@@ -113,16 +114,17 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     };
     strategies.iter().try_for_each(|&strategy| request(strategy, 0).validate())?;
     // A file that cannot be written is better known before than after the measurement.
-    let create =
-        |path: &PathBuf| File::create(path).map_err(|e| Error::io(path.display().to_string(), e));
-    let csv = args.csv.as_ref().map(create).transpose()?;
+    let inputs = || args.prompts.as_deref().into_iter().chain(args.run.inputs());
+    let csv = args.csv.as_ref().map(|path| OutputFile::create(path, inputs())).transpose()?;
 
-    watch_for_interrupts(cancel.clone());
     let mut metering = args.run.meters.start(Some(5.0))?;
     let drafting = strategies.iter().find(|s| s.needs_draft()).unwrap_or(&strategies[0]);
     let pair = metering.load(|| args.run.load(*drafting))?;
-    print_notes(pair.take_notes());
+    pair.on_note(note_listener());
+    csv.as_ref().map_or(Ok(()), |csv| csv.is_none_of(pair.files()))?;
     let options = args.run.session_options();
+    // What was measured until an interrupt is reported.
+    let _finishing = Finishing::first();
     for &strategy in &strategies {
         let mut warm_up = request(strategy, 0);
         warm_up.max_tokens = warm_up.max_tokens.map(|n| n.min(32));
@@ -130,7 +132,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     }
     let mut turns = Vec::new();
     'turns: for repeat in 0..args.repeats {
-        eprintln!("mtad: repeat {} of {}", repeat + 1, args.repeats);
+        tell!("mtad: repeat {} of {}", repeat + 1, args.repeats);
         for (prompt, text) in prompts.iter().enumerate() {
             // Who begins changes, so that nobody always comes after the same other.
             let shift = repeat as usize + prompt;
@@ -138,7 +140,7 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
                 let request = request(strategies[strategy], repeat);
                 let work = generate(&pair, &options, text, &request, &metering)?;
                 if cancel.load(Ordering::Relaxed) {
-                    eprintln!("mtad: interrupted; what was measured so far is reported");
+                    tell!("mtad: interrupted; what was measured so far is reported");
                     break 'turns;
                 }
                 turns.push(Turn { strategy, repeat, prompt, work });
@@ -147,11 +149,9 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     }
     let measured = metering.finish().expect("energy is always measured here");
     let report = Report { measured: &measured, pair: &pair, strategies, turns, seed: first_seed };
-    if let Some(csv) = csv {
-        let named = |e| {
-            Error::io(args.csv.as_ref().map_or_else(String::new, |p| p.display().to_string()), e)
-        };
-        report.csv(BufWriter::new(csv)).map_err(named)?;
+    if let Some(mut csv) = csv {
+        report.csv(&mut csv).map_err(|e| csv.error(e))?;
+        csv.finish()?;
     }
     if args.run.json {
         print_line(report.json())?;
@@ -306,7 +306,7 @@ impl Report<'_> {
 
     /// A line for each generation. Figures that are unavailable are empty, with the reason in the
     /// last column.
-    fn csv(&self, mut out: impl Write) -> std::io::Result<()> {
+    fn csv(&self, out: &mut impl Write) -> std::io::Result<()> {
         let m = self.measured;
         let names =
             ["joules", "joules_uncertainty", "joules_per_token", "joules_per_token_net", "watts"];
@@ -353,6 +353,6 @@ impl Report<'_> {
             }
             writeln!(out, ",\"{}\"", note.replace('"', "\"\""))?;
         }
-        out.flush()
+        Ok(())
     }
 }

@@ -1,17 +1,17 @@
 //! `mtad eval`: strategies side by side on tasks.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::Value as Json;
 
+use super::console::tell;
+use super::interrupts::{self, Finishing};
 use super::metering::{MeterArgs, Metering, Work};
-use super::run::{load_pair, watch_for_interrupts};
-use super::{DeviceArgs, cost_tables, print_line, print_notes, progress_bar, table};
+use super::run::load_pair;
+use super::{DeviceArgs, cost_tables, note_listener, of_option, print_line, progress_bar, table};
 use crate::decode::{Settings, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
@@ -19,6 +19,7 @@ use crate::eval::report::Report;
 use crate::eval::{
     Arm, Grid, Journal, Observer, Runner, Task, TaskSet, cool, fingerprint, summarize,
 };
+use crate::files;
 use crate::generation::{Generation, Session};
 use crate::pair::{LoadOptions, Pair, builtin_questions};
 use crate::sampling::Warp;
@@ -157,18 +158,21 @@ impl EvalArgs {
         if sets.is_empty() {
             sets.push(("built in".to_owned(), TaskSet::stories()));
             if self.model.is_none() {
-                let questions = TaskSet::parse("questions.jsonl", builtin_questions()?)?;
+                let questions = TaskSet::parse(
+                    "questions.jsonl",
+                    builtin_questions().map_err(of_option("--prompts"))?,
+                )?;
                 sets.push(("built in".to_owned(), questions));
             }
         }
         let (mut tasks, mut described) = (Vec::new(), Vec::new());
         for (name, mut set) in sets {
-            set.notes.iter().for_each(|note| eprintln!("mtad: {name}: {note}"));
+            set.notes.iter().for_each(|note| tell!("mtad: {name}: {note}"));
             if let Some(limit) = self.limit {
                 set.limit(limit as usize);
             }
             if let Some(template) = &self.template {
-                set.frame(template)?;
+                set.frame(template).map_err(of_option("--template"))?;
             }
             described.push(format!("{} of {name} ({})", set.tasks.len(), set.layout));
             tasks.extend(set.tasks);
@@ -248,9 +252,7 @@ fn that_fit(tasks: Vec<Task>, pair: &Pair, options: &SessionOptions) -> Result<V
     }
     if tasks.len() < all {
         let gone = all - tasks.len();
-        eprintln!(
-            "mtad: left out: {gone} prompts that do not fit the context of {capacity} tokens"
-        );
+        tell!("mtad: left out: {gone} prompts that do not fit the context of {capacity} tokens");
     }
     Ok(tasks)
 }
@@ -259,6 +261,10 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let grid = args.grid();
     let arms = grid.arms()?;
     let matched = args.matched(&arms)?;
+    #[cfg(feature = "spider")]
+    if let Ok(program) = std::env::current_exe() {
+        crate::eval::run_queries_with(program);
+    }
     let (tasks, described) = args.tasks()?;
     let strategies = &grid.strategies;
     // A draft that there is belongs to the evaluation, whether these strategies use it or not.
@@ -271,20 +277,23 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let draft_device = args.draft_device.clone();
     let load = LoadOptions { draft_device, ..args.device.load_options() };
     let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
-    print_notes(pair.take_notes());
+    pair.on_note(note_listener());
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };
     let tasks = that_fit(tasks, &pair, &options)?;
     let mut journal = Journal::in_memory();
     if let Some(folder) = &args.out {
+        for name in Report::FILES.into_iter().chain([Journal::FILE]) {
+            let inputs = args.prompts.iter().map(PathBuf::as_path).chain(pair.files());
+            files::check_inputs(&folder.join(name), inputs)?;
+        }
         let shared: [&dyn std::fmt::Debug; 5] =
             [&args.seed, &args.max_tokens, &grid.base, &options, &args.meters.assumed()];
-        journal = Journal::open(folder, &fingerprint(&pair, &tasks, &shared))?;
+        journal = Journal::open(folder, &fingerprint(&pair, &tasks, &shared))
+            .map_err(of_option("--out"))?;
     }
     if !journal.outcomes().is_empty() {
-        eprintln!("mtad: {} generations are done already", journal.outcomes().len());
+        tell!("mtad: {} generations are done already", journal.outcomes().len());
     }
-    let cancel = Arc::new(AtomicBool::new(false));
-    watch_for_interrupts(cancel.clone());
     let kept_costs = cost_tables::Kept::of(&pair);
     let costs = strategies.contains(&Strategy::Auto).then(|| kept_costs.load()).flatten();
     let known_costs = costs.is_some();
@@ -295,10 +304,12 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
         repeats: args.repeats,
         seed: args.seed,
         max_tokens: args.max_tokens as usize,
-        cancel,
+        cancel: interrupts::flag(),
         journal,
         costs,
     };
+    // What finished until an interrupt is reported.
+    let _finishing = Finishing::first();
     let bar = progress_bar("{bar:40} {pos}/{len} {eta} {msg}");
     let mut watch = Watch { bar, metering, begun: None, works: Vec::new() };
     let (complete, cooled) = measure(&mut runner, &arms, matched, &mut watch)?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value as Json, json};
 
+use super::console::visible_name;
 use super::{open_model, print_line};
 use crate::error::Result;
 use crate::gguf::{Gguf, Value};
@@ -19,6 +20,15 @@ pub struct InspectArgs {
     /// Print one line of JSON; arrays of more than 64 elements are shortened
     #[arg(long)]
     json: bool,
+}
+
+/// Names beyond this width push their line to the right instead of all lines: a file may have many
+/// entries and one very long name.
+const MOST_WIDTH: usize = 64;
+
+/// The width of a column of names.
+fn width(names: impl Iterator<Item = impl AsRef<str>>) -> usize {
+    names.map(|name| name.as_ref().chars().count()).max().unwrap_or(0).min(MOST_WIDTH)
 }
 
 /// Array elements that JSON shows.
@@ -42,19 +52,20 @@ fn print(file: &Gguf) -> Result<()> {
         size(file.data_offset()),
     ))?;
     print_line(format_args!("\n{} metadata entries", file.metadata().len()))?;
-    let width = file.metadata().map(|(key, _)| key.len()).max().unwrap_or(0);
+    let wide = width(file.metadata().map(|(key, _)| visible_name(key)));
     for (key, value) in file.metadata() {
-        print_line(format_args!("  {key:width$}  {:6}  {value}", value.value_type()))?;
+        let key = visible_name(key);
+        print_line(format_args!("  {key:wide$}  {:6}  {value}", value.value_type()))?;
     }
     print_line(format_args!("\n{} tensors", file.tensors().len()))?;
-    let width = file.tensors().map(|t| t.name.len()).max().unwrap_or(0);
+    let wide = width(file.tensors().map(|t| visible_name(t.name)));
     let mut by_type = BTreeMap::new();
     let (mut weights, mut bytes) = (0u64, 0u64);
     for (tensor, dims) in file.tensors().zip(file.dims()) {
         let shape = dims.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
-        let (name, kind) = (tensor.name, tensor.block_type);
+        let (name, kind) = (visible_name(tensor.name), tensor.block_type);
         let len = tensor.bytes.len() as u64;
-        print_line(format_args!("  {name:width$}  {kind:7}  {shape:>18}  {:>10}", size(len)))?;
+        print_line(format_args!("  {name:wide$}  {kind:7}  {shape:>18}  {:>10}", size(len)))?;
         let count: u64 = dims.iter().product();
         let entry = by_type.entry(kind.name()).or_insert((0u64, 0u64));
         (entry.0, entry.1) = (entry.0 + 1, entry.1 + len);

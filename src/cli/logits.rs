@@ -1,15 +1,18 @@
 //! `mtad logits`: the raw logits of given tokens, as a numpy file.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Args;
 
-use super::{DeviceArgs, loading_bar, open_model, print_notes};
+use super::interrupts::{self, Finishing};
+use super::{DeviceArgs, loading_bar, note_listener, open_model_as};
+use crate::decode::Pieces;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::lm::{Batch, MAX_TREE, Row, Want};
 
 /// Write the logits after each of some tokens to a numpy file
@@ -39,10 +42,11 @@ pub struct LogitsArgs {
 }
 
 pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
-    let file = Arc::new(open_model(&args.model)?);
-    let device = args.device.load_options().device()?;
+    let options = args.device.load_options();
+    let file = Arc::new(open_model_as(&args.model, &options)?);
+    let device = options.device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
-    print_notes(model.take_notes());
+    model.on_note(note_listener());
     let context = args.device.context();
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     // Asked first, so that no file is left behind when the tokens do not do.
@@ -53,11 +57,18 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
         let vocab = lm.vocab_size();
         return Err(Error::invalid(format!("token {token} is outside the vocabulary of {vocab}")));
     }
-    let path = args.out.display().to_string();
-    let io = |e: io::Error| Error::io(&path, e);
-    let mut out = BufWriter::new(File::create(&args.out).map_err(io)?);
-    out.write_all(&npy_header(args.tokens.len(), lm.vocab_size())).map_err(io)?;
-    for piece in args.tokens.chunks((args.batch as usize).min(MAX_TREE)) {
+    let mut out = OutputFile::create(&args.out, model.file().files().map(Path::new))?;
+    let header = npy_header(args.tokens.len(), lm.vocab_size());
+    out.write_all(&header).map_err(|e| out.error(e))?;
+    // What is not whole is removed before an interrupt ends the program.
+    let _finishing = Finishing::first();
+    let mut pieces = Pieces::of_model(model.shape().macs);
+    let mut left = &args.tokens[..];
+    while !left.is_empty() {
+        interrupts::check()?;
+        let clock = Instant::now();
+        let (piece, rest) = left.split_at(pieces.next(left.len()).min(args.batch as usize));
+        left = rest;
         let mut batch = Batch::new();
         for (i, &token) in piece.iter().enumerate() {
             batch.push(token, i.checked_sub(1).map(|p| Row(p as u32)), Want::Logits);
@@ -65,12 +76,13 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
         let outputs = lm.eval(&batch)?;
         for i in 0..piece.len() {
             for x in outputs.logits(i) {
-                out.write_all(&x.to_le_bytes()).map_err(io)?;
+                out.write_all(&x.to_le_bytes()).map_err(|e| out.error(e))?;
             }
         }
         lm.keep(Some(Row(piece.len() as u32 - 1)))?;
+        pieces.took(piece.len(), clock.elapsed());
     }
-    out.flush().map_err(io)
+    out.finish()
 }
 
 /// The header of a numpy file, version 1.0: padded so that the data begin at a multiple of 64.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
 
+use super::console::tell;
 use crate::decode::{Phase, Statistics};
 use crate::energy::{
     Assumed, Consumption, Discovery, Found, Info, Recorder, Recording, Sources, Unavailable, Watts,
@@ -110,7 +111,7 @@ impl MeterArgs {
             lenient: self.allow_no_meter,
         };
         if idle > 0.0 && measurable {
-            eprintln!("mtad: measuring the idle machine for {idle} s");
+            tell!("mtad: measuring the idle machine for {idle} s");
             let begun = active.recorder.begin();
             std::thread::sleep(Duration::from_secs_f64(idle));
             active.idle = Some(active.recorder.end(begun));
@@ -504,38 +505,35 @@ impl Measured {
 
     /// One piece of work for people, on standard error.
     pub(super) fn print(&self, work: &Work) {
-        self.setup_lines().iter().for_each(|line| eprintln!("{line}"));
+        self.setup_lines().iter().for_each(|line| tell!("{line}"));
         let figures = match self.figures(work) {
             Ok(figures) => figures,
             Err(why) => {
-                eprintln!("energy            {why}");
-                eprintln!("time              {:.3} s: {}", work.seconds(), self.times(work));
+                tell!("energy            {why}");
+                tell!("time              {:.3} s: {}", work.seconds(), self.times(work));
                 return;
             }
         };
         let used = &figures.used;
         let joules = self.show_uncertain(used.joules, used.uncertainty);
-        eprintln!(
+        tell!(
             "energy            {joules} J in {:.3} s: {} W",
             used.seconds,
             self.show(used.watts())
         );
         let per_token = self.show_uncertain(figures.per_token, figures.per_token_uncertainty);
-        eprintln!(
-            "J/token           {per_token}, {} tokens/J",
-            self.show(figures.tokens_per_joule)
-        );
+        tell!("J/token           {per_token}, {} tokens/J", self.show(figures.tokens_per_joule));
         if let Some((net, uncertainty)) = figures.per_token_net {
-            eprintln!("  net of idle     {}", self.show_uncertain(net, uncertainty));
+            tell!("  net of idle     {}", self.show_uncertain(net, uncertainty));
         }
         if let Some(joules) = figures.per_prompt_token {
-            eprintln!("J/prompt token    {}", self.show(joules));
+            tell!("J/prompt token    {}", self.show(joules));
         }
         let mut phases = self.phase_lines(&figures, work.tokens);
         label("  by phase", &mut phases);
-        phases.iter().for_each(|line| eprintln!("{line}"));
+        phases.iter().for_each(|line| tell!("{line}"));
         if let Some(caution) = used.caution() {
-            eprintln!("caution           {caution}");
+            tell!("caution           {caution}");
         }
     }
 }

@@ -1,15 +1,18 @@
 //! The command line: one file per subcommand, over the library's facade.
 //!
 //! Human output goes to standard output, progress and diagnostics to standard error. Exit codes:
-//! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
+//! 0 done, 1 failed, 2 usage, 130 ended by a signal before there was anything to report. With
+//! `--json` standard output holds exactly one line.
 
 mod bench;
+mod console;
 mod convert;
 mod cost_tables;
 mod devices;
 mod energy;
 mod eval;
 mod inspect;
+mod interrupts;
 mod logits;
 mod metering;
 mod perplexity;
@@ -18,17 +21,21 @@ mod run;
 mod stored;
 mod tokenize;
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Read};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::engine::NoteListener;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::pair::{LoadOptions, builtin_file};
+use console::{print_line, reader_left, tell, visible_name};
 
 /// Run a pair of quantized GGUF models with multi-token joint decoding
 #[derive(Debug, Parser)]
@@ -51,39 +58,94 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     Energy(Box<energy::EnergyArgs>),
     Devices(devices::DevicesArgs),
+    /// Answer queries for another process of this program
+    #[cfg(feature = "spider")]
+    #[command(name = crate::eval::ANSWER_QUERIES, hide = true)]
+    AnswerQueries,
 }
 
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
-    // On a usage error clap prints and exits with 2.
-    let result = match Cli::parse().command {
-        Command::Run(args) => run::run(&args),
-        Command::Bench(args) => bench::bench(&args),
-        Command::Eval(args) => eval::eval(&args),
-        Command::Perplexity(args) => perplexity::perplexity(&args),
-        Command::Logits(args) => logits::logits(&args),
-        Command::Tokenize(args) => tokenize::tokenize(&args),
-        Command::Inspect(args) => inspect::inspect(&args),
-        Command::Convert(args) => convert::convert(&args),
-        Command::Quantize(args) => quantize::quantize(&args),
-        Command::Energy(args) => energy::energy(&args),
-        Command::Devices(args) => devices::devices(&args),
+    let result = match parse() {
+        Ok(Ok(command)) => {
+            interrupts::watch();
+            run_command(&command)
+        }
+        Ok(Err(code)) => return code,
+        Err(error) => Err(error),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has enough.
-        Err(Error::Io { path, source })
-            if path == STDOUT && source.kind() == io::ErrorKind::BrokenPipe =>
-        {
-            ExitCode::SUCCESS
+        Err(error) if reader_left(&error) => ExitCode::SUCCESS,
+        Err(Error::Cancelled) if interrupts::asked() => {
+            tell!("mtad: interrupted");
+            ExitCode::from(interrupts::CODE)
         }
         Err(error) => {
-            eprintln!("mtad: {error}");
+            tell!("mtad: {error}{}", hint(&error));
             match error {
-                Error::Invalid(_) => ExitCode::from(2),
+                Error::Invalid(_) | Error::Quantized { .. } => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
             }
         }
+    }
+}
+
+/// The command, or the exit code where the command line asked for help or was wrong.
+fn parse() -> Result<Result<Command, ExitCode>> {
+    let error = match Cli::try_parse() {
+        Ok(cli) => return Ok(Ok(cli.command)),
+        Err(error) => error,
+    };
+    if !error.use_stderr() {
+        error.print().map_err(|source| Error::io(console::STDOUT, source))?;
+        return Ok(Err(ExitCode::SUCCESS));
+    }
+    // An argument may be the name of a file that a shell filled in: the error is that of arguments
+    // in which control characters are shown.
+    let shown = |argument: OsString| visible_name(&argument.to_string_lossy()).into_owned();
+    let error = match Cli::try_parse_from(std::env::args_os().map(shown)) {
+        Ok(_) => error,
+        Err(error) => error,
+    };
+    // That it cannot be said changes nothing.
+    let _ = error.print();
+    Ok(Err(ExitCode::from(2)))
+}
+
+fn run_command(command: &Command) -> Result<()> {
+    match command {
+        Command::Run(args) => run::run(args),
+        Command::Bench(args) => bench::bench(args),
+        Command::Eval(args) => eval::eval(args),
+        Command::Perplexity(args) => perplexity::perplexity(args),
+        Command::Logits(args) => logits::logits(args),
+        Command::Tokenize(args) => tokenize::tokenize(args),
+        Command::Inspect(args) => inspect::inspect(args),
+        Command::Convert(args) => convert::convert(args),
+        Command::Quantize(args) => quantize::quantize(args),
+        Command::Energy(args) => energy::energy(args),
+        Command::Devices(args) => devices::devices(args),
+        #[cfg(feature = "spider")]
+        Command::AnswerQueries => crate::eval::answer_queries(),
+    }
+}
+
+/// What the command line has to add to an error of the library, which knows of no options.
+fn hint(error: &Error) -> &'static str {
+    match error {
+        Error::ContextFull { .. } => " (--ctx-size)",
+        Error::Quantized { .. } => " (--requantize)",
+        _ => "",
+    }
+}
+
+/// An error of an option's value, with the option's name.
+fn of_option(option: &str) -> impl Fn(Error) -> Error {
+    move |error| match error {
+        Error::Invalid(what) => Error::Invalid(format!("{option}: {what}")),
+        error => error,
     }
 }
 
@@ -113,6 +175,10 @@ struct DeviceArgs {
     /// does not fit runs from its file, which is slower [default: what the system has free]
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     memory: Option<u64>,
+    /// Read model files into memory instead of mapping them: more memory and a slower start, but a
+    /// file that another program cuts short or rewrites meanwhile does no harm
+    #[arg(long)]
+    no_mmap: bool,
 
     /// The most tokens that prompt and text may have together [default: what the model was
     /// trained for]
@@ -129,6 +195,7 @@ impl DeviceArgs {
             threads: self.threads.map_or(0, usize::from),
             repack: !self.no_repack,
             memory: self.memory,
+            mmap: !self.no_mmap,
         }
     }
 
@@ -158,28 +225,27 @@ fn bytes(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Prints what a person should know of where models run.
+/// Prints what a person should know of where models run, or of what was converted.
 fn print_notes(notes: Vec<String>) {
-    notes.iter().for_each(|note| eprintln!("mtad: {note}"));
+    notes.iter().for_each(|note| tell!("mtad: {note}"));
 }
 
-const STDOUT: &str = "standard output";
-
-fn stdout_error(source: io::Error) -> Error {
-    Error::io(STDOUT, source)
-}
-
-/// Prints a line to standard output.
-fn print_line(line: impl std::fmt::Display) -> Result<()> {
-    writeln!(io::stdout().lock(), "{line}").map_err(stdout_error)
+/// Prints such notes as they come up: where no text is being written that they would fall into.
+fn note_listener() -> NoteListener {
+    Arc::new(|note| tell!("mtad: {note}"))
 }
 
 /// Opens a model file, or a part of the built-in pair by the name `builtin:target` or
 /// `builtin:draft`.
 fn open_model(path: &std::path::Path) -> Result<Gguf> {
+    open_model_as(path, &LoadOptions::default())
+}
+
+/// The same as the options say.
+fn open_model_as(path: &std::path::Path, options: &LoadOptions) -> Result<Gguf> {
     match path.to_str().and_then(|p| p.strip_prefix("builtin:")) {
         Some(name) => builtin_file(name),
-        None => Gguf::open(path),
+        None => options.open(path),
     }
 }
 
@@ -233,7 +299,7 @@ fn loading_bar() -> impl FnMut(u64, u64) -> bool {
                 bar.finish_and_clear();
             }
         }
-        true
+        !interrupts::asked()
     }
 }
 

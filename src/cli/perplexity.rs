@@ -2,18 +2,20 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
 
-use super::run::watch_for_interrupts;
+use super::console::tell;
+use super::interrupts::{self, Finishing};
 use super::{
-    DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar, read_text,
+    DeviceArgs, loading_bar, note_listener, of_option, open_model_as, print_line, progress_bar,
+    read_text,
 };
+use crate::decode::Interruptible;
 use crate::engine::{Model, SessionOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::perplexity::perplexity as measure;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
@@ -50,43 +52,42 @@ pub struct PerplexityArgs {
 pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let text = read_text(None, args.file.as_ref(), "text")?;
     let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
-    let file = Arc::new(open_model(path)?);
+    let file = Arc::new(open_model_as(path, &args.device.load_options())?);
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let device = args.device.load_options().device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
-    let trained = model.shape().context;
-    if args.chunk > trained {
-        eprintln!(
-            "mtad: chunks of {} are beyond the {trained} that the model was trained for",
-            args.chunk
-        );
-    }
+    model.on_note(note_listener());
     let context = Some(args.device.context().unwrap_or(args.chunk));
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     let add_bos = tokenizer.add_bos();
     let tokens = tokenizer.encode(&text, EncodeOptions { bos: add_bos, special: false });
     let bos = tokenizer.bos().filter(|_| add_bos);
 
-    let cancel = Arc::new(AtomicBool::new(false));
-    watch_for_interrupts(cancel.clone());
+    // What was scored until an interrupt is reported.
+    let _finishing = Finishing::first();
+    let interrupt = interrupts::flag();
+    let mut lm = Interruptible::new(&mut *lm, &interrupt);
     let bar = progress_bar("{bar:40} {pos}/{len} chunks {eta} {msg}");
-    print_notes(model.take_notes());
     let start = Instant::now();
     let most = args.chunks.map(|n| n as usize);
     let mut planned = 0;
-    let found = measure(&mut *lm, &tokens, bos, args.chunk, most, &mut |so_far, chunks| {
+    let found = measure(&mut lm, &tokens, bos, args.chunk, most, &mut |so_far, chunks| {
         planned = chunks;
         bar.set_length(chunks as u64);
         bar.set_position(so_far.chunks as u64);
         if so_far.scored > 0 {
             bar.set_message(format!("perplexity {:.4}", so_far.value()));
         }
-        !cancel.load(Ordering::Relaxed)
-    })?;
+        !interrupts::asked()
+    });
     bar.finish_and_clear();
+    let found = found.map_err(|error| match error {
+        Error::NotFinite { .. } => Error::NotFinite { model: path.display().to_string() },
+        error => of_option("--chunk")(error),
+    })?;
     let seconds = start.elapsed().as_secs_f64();
     if found.chunks < planned {
-        eprintln!("mtad: interrupted after {} of {planned} chunks", found.chunks);
+        tell!("mtad: interrupted after {} of {planned} chunks", found.chunks);
     }
     if args.json {
         return print_line(json!({

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use clap::Args;
 
+use super::open_model;
 use super::stored::{Report, with_progress};
-use super::{open_model, print_line};
 use crate::error::Result;
 use crate::gguf::quantize::{Options, quantize as write};
 use crate::quant::Recipe;
@@ -24,7 +24,8 @@ pub struct QuantizeArgs {
     #[arg(value_name = "IN.gguf")]
     input: PathBuf,
 
-    /// The GGUF file to write; it appears when it is whole
+    /// The GGUF file to write; it appears when it is whole. For /dev/stdout the report goes to
+    /// standard error
     #[arg(value_name = "OUT.gguf")]
     output: PathBuf,
 
@@ -61,7 +62,7 @@ pub(super) fn quantize(args: &QuantizeArgs) -> Result<()> {
     };
     report.print_fallbacks();
     match args.json {
-        true => print_line(report.json()),
+        true => report.say(report.json()),
         false => report.print(),
     }
 }

@@ -1,19 +1,17 @@
 //! `mtad run`: generates text after a prompt.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use serde_json::json;
 
-use super::cost_tables;
+use super::console::{Text, tell};
 use super::metering::{Measured, MeterArgs, Work};
-use super::{
-    DeviceArgs, loading_bar, open_model, print_line, print_notes, read_text, stdout_error,
-};
+use super::{DeviceArgs, loading_bar, open_model_as, print_line, print_notes, read_text};
+use super::{cost_tables, interrupts};
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::engine::CacheType;
 use crate::engine::{Device, SessionOptions};
@@ -147,6 +145,11 @@ pub struct RunArgs {
     #[arg(long)]
     pub(super) no_echo: bool,
 
+    /// Let control characters of the text through to a terminal, which obeys them; otherwise they
+    /// are shown. (What goes to a file or a pipe is never changed.)
+    #[arg(long, conflicts_with = "json")]
+    raw: bool,
+
     /// Print to standard error what happened: rounds, acceptance, speed, time by phase
     #[arg(long)]
     pub(super) stats: bool,
@@ -236,6 +239,12 @@ impl RunArgs {
         }
     }
 
+    /// The files that are read.
+    pub(super) fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let files = [&self.file, &self.model, &self.draft, &self.cost_table];
+        files.into_iter().filter_map(|file| file.as_deref())
+    }
+
     /// Loads the pair, without a draft where the strategy has no use for one.
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
         let draft_device = self.draft_device.clone();
@@ -253,10 +262,14 @@ pub(super) fn load_pair(
 ) -> Result<Pair> {
     let mut bar = loading_bar();
     let Some(model) = model else {
+        if cfg!(not(feature = "builtin-pair")) {
+            let why = "this program was built without the built-in pair; name a file with --model";
+            return Err(Error::invalid(why));
+        }
         return Pair::builtin(strategy.needs_draft(), options, &mut bar);
     };
     let draft = match draft {
-        Some(draft) if strategy.needs_draft() => Some(open_model(draft)?),
+        Some(draft) if strategy.needs_draft() => Some(open_model_as(draft, options)?),
         None if strategy.needs_draft() => {
             return Err(Error::invalid(format!(
                 "strategy {strategy} needs a draft model: name one with --draft, or use greedy or sample"
@@ -264,7 +277,7 @@ pub(super) fn load_pair(
         }
         _ => None,
     };
-    Pair::from_files(open_model(model)?, draft, options, &mut bar)
+    Pair::from_files(open_model_as(model, options)?, draft, options, &mut bar)
 }
 
 /// A seed that differs from run to run.
@@ -276,21 +289,11 @@ pub(super) fn clock_seed() -> u64 {
 pub(super) fn run(args: &RunArgs) -> Result<()> {
     let strategy = args.strategy();
     let seed = args.seed.unwrap_or_else(clock_seed);
-    let cancel = Arc::new(AtomicBool::new(false));
-    let mut request = args.request(strategy, seed, args.costs()?, &cancel);
+    let mut request = args.request(strategy, seed, args.costs()?, &interrupts::flag());
     request.validate()?;
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
     let mut metering = args.meters.start(None)?;
     let pair = metering.load(|| args.load(strategy))?;
-    print_notes(pair.take_notes());
-    let trained = pair.target().shape().context;
-    if let Some(wanted) = args.device.context().filter(|&wanted| wanted > trained) {
-        eprintln!(
-            "mtad: --ctx-size {wanted} is beyond the {trained} that the model was trained for"
-        );
-    }
-    watch_for_interrupts(cancel);
-
     let mut kept_costs = None;
     if strategy == Strategy::Auto && request.settings.costs.is_none() {
         request.settings.costs = kept_costs.insert(cost_tables::Kept::of(&pair)).load();
@@ -300,29 +303,27 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         Some(file) if file.exists() => pair.load_session(file, &args.session_options())?,
         _ => pair.session(&args.session_options())?,
     };
+    print_notes(pair.take_notes());
+    // From here on there is a text to report, and perhaps a session to save.
+    let _finishing = interrupts::Finishing::first();
     metering.listen_to(&mut session);
     let begun = metering.begin();
     let start = Instant::now();
-    let mut out = io::stdout().lock();
-    let mut show = |text: &str| {
-        if args.json {
-            return Ok(());
-        }
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(stdout_error)
-    };
     let mut generation = session.generate(&prompt, &request)?;
-    if !args.no_echo {
-        show(&prompt)?;
-    }
+    // What standard output does not take ends the text, but the session is saved all the same.
+    let mut out = Text::new(args.raw);
+    let mut show = |text: &str| if args.json { Ok(()) } else { out.show(text) };
+    let mut shown = if args.no_echo { Ok(()) } else { show(&prompt) };
     let mut text = String::new();
-    // (A loop over `by_ref`, so that the generation is still there for its report.)
-    for piece in generation.by_ref() {
+    while shown.is_ok()
+        && let Some(piece) = generation.next()
+    {
         let piece = piece?;
-        show(&piece.text)?;
+        shown = show(&piece.text);
         text.push_str(&piece.text);
     }
     let window = metering.end(begun);
-    show("\n")?;
+    let shown = shown.and_then(|()| show("\n"));
     drop(out);
     print_notes(pair.take_notes());
 
@@ -332,7 +333,8 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     }
     let measured = metering.finish();
     let work = Work::new(window, &generation);
-    let plain = match strategy.needs_draft() {
+    // Who interrupts does not want to wait for more passes.
+    let plain = match strategy.needs_draft() && !interrupts::asked() {
         true => generation.plain_seconds()?,
         false => None,
     };
@@ -346,8 +348,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         energy: measured.as_ref().map(|measured| (measured, &work)),
         auto: args.device.device.eq_ignore_ascii_case("auto"),
     };
-    if args.json {
-        print_line(report.json(&text, args.score))?;
+    let mut printed = shown;
+    if args.json && printed.is_ok() {
+        printed = print_line(report.json(&text, args.score));
     }
     if args.stats {
         report.print();
@@ -356,9 +359,10 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     if let Some(file) = &args.prompt_cache {
         session.save(file)?;
     }
+    printed?;
     match &measured {
         Some(measured) => {
-            eprintln!();
+            tell!("");
             measured.print(&work);
             measured.judge([&work])
         }
@@ -374,19 +378,6 @@ fn describe(choice: Choice) -> String {
         Choice { strategy, gamma, beam_width } => {
             format!("{strategy} gamma {gamma} beam-width {beam_width}")
         }
-    }
-}
-
-/// The first Ctrl-C ends the generation, which is then reported as usual; a second one ends the
-/// program.
-pub(super) fn watch_for_interrupts(cancel: Arc<AtomicBool>) {
-    let watch = move || {
-        if cancel.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    };
-    if let Err(error) = ctrlc::set_handler(watch) {
-        eprintln!("mtad: Ctrl-C will end the program at once: {error}");
     }
 }
 
@@ -496,7 +487,7 @@ impl Report<'_> {
         let seconds = self.generation.generating_seconds();
         let notable = |plain: &f64| seconds > NOTABLE * plain && seconds > plain + 0.1;
         if let Some(plain) = self.plain.filter(notable) {
-            eprintln!(
+            tell!(
                 "mtad: warning: {} took {seconds:.2} s where plain decoding would have taken about \
                  {plain:.2} s; try --strategy auto, or sample",
                 self.strategy
@@ -517,13 +508,13 @@ impl Report<'_> {
         if decisions.rounds.len() > 6 {
             chosen += &format!(", {} others", decisions.rounds.len() - 6);
         }
-        eprintln!("auto chose        {chosen}");
-        eprintln!(
+        tell!("auto chose        {chosen}");
+        tell!(
             "  trials          {} of the rounds, to see whether others are faster",
             decisions.trials
         );
         if let Some((best, rate)) = decisions.best {
-            eprintln!(
+            tell!(
                 "  by now          {} is expected to give {rate:.1} tokens/s, plain decoding {:.1}",
                 describe(best),
                 decisions.plain
@@ -534,8 +525,8 @@ impl Report<'_> {
                 let cells = entries.iter().map(|(n, t)| format!("{n}: {:.3}", 1000.0 * t));
                 cells.collect::<Vec<_>>().join(", ")
             };
-            eprintln!("  ms by rows      target {}", row(costs.target_entries()));
-            eprintln!("                  draft {}", row(costs.draft_entries()));
+            tell!("  ms by rows      target {}", row(costs.target_entries()));
+            tell!("                  draft {}", row(costs.draft_entries()));
         }
     }
 
@@ -544,46 +535,46 @@ impl Report<'_> {
         let g = self.generation;
         let s = g.statistics();
         let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"));
-        eprintln!();
-        eprintln!("strategy          {} (seed {})", self.strategy, self.seed);
-        eprintln!("device            {}", self.pair.target().describe());
+        tell!("");
+        tell!("strategy          {} (seed {})", self.strategy, self.seed);
+        tell!("device            {}", self.pair.target().describe());
         if let Some(draft) = self.pair.draft() {
-            eprintln!("  draft           {}", draft.describe());
+            tell!("  draft           {}", draft.describe());
         }
         if self.auto {
             let (name, why) = Device::auto_choice();
-            eprintln!("  auto chose      {name}: {why}");
+            tell!("  auto chose      {name}: {why}");
         }
-        eprintln!(
+        tell!(
             "tokens            {} prompt + {} generated, ended by {}",
             g.prompt_tokens(),
             g.tokens().len(),
             self.stop().name()
         );
-        eprintln!("rounds            {}", s.rounds());
+        tell!("rounds            {}", s.rounds());
         if let Some(acceptance) = s.acceptance_rate() {
-            eprintln!("drafted           {}", s.drafted());
-            eprintln!("accepted          {} ({:.1}%)", s.accepted(), 100.0 * acceptance);
+            tell!("drafted           {}", s.drafted());
+            tell!("accepted          {} ({:.1}%)", s.accepted(), 100.0 * acceptance);
             let depths = s.acceptance_by_depth();
             let depths: Vec<_> = depths.iter().map(|a| format!("{:.0}%", 100.0 * a)).collect();
-            eprintln!("  by depth        {}", depths.join(" "));
+            tell!("  by depth        {}", depths.join(" "));
         }
-        eprintln!("block efficiency  {:.3} tokens per target pass", s.block_efficiency());
+        tell!("block efficiency  {:.3} tokens per target pass", s.block_efficiency());
         if let Some(ratio) = s.min_ratio() {
-            eprintln!(
+            tell!(
                 "joint ratio       at least {ratio:.4}, target to draft, in every accepted block"
             );
         }
         self.print_decisions();
         if let Some(perplexity) = g.perplexity() {
-            eprintln!("perplexity        {perplexity:.3} under the target");
+            tell!("perplexity        {perplexity:.3} under the target");
         }
-        eprintln!("tokens/s          {}", rate(self.tokens_per_second()));
+        tell!("tokens/s          {}", rate(self.tokens_per_second()));
         if let Some(plain) = self.plain.and_then(|plain| per_second(g.tokens().len(), plain)) {
-            eprintln!("plain tokens/s    {plain:.1} (about, without a draft)");
+            tell!("plain tokens/s    {plain:.1} (about, without a draft)");
         }
-        eprintln!("prompt tokens/s   {}", rate(self.prompt_tokens_per_second()));
+        tell!("prompt tokens/s   {}", rate(self.prompt_tokens_per_second()));
         let phases = Phase::ALL.map(|phase| format!("{phase} {:.3}", g.seconds(phase)));
-        eprintln!("seconds           load {:.3}, {}", self.pair.load_seconds(), phases.join(", "));
+        tell!("seconds           load {:.3}, {}", self.pair.load_seconds(), phases.join(", "));
     }
 }

@@ -2,16 +2,17 @@
 //! reported of it.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::HumanBytes;
 use serde_json::json;
 
-use super::run::watch_for_interrupts;
+use super::console::{tell, visible_name};
+use super::interrupts::{self, Finishing};
 use super::{print_line, progress_bar};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::gguf::quantize::{Progress, Stored};
 use crate::quant::Recipe;
 
@@ -23,14 +24,15 @@ pub(super) fn with_progress<T: Send>(
     let threads = threads.map_or_else(num_cpus::get_physical, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|e| Error::invalid(format!("{threads} threads: {e}")))?;
-    let cancel = Arc::new(AtomicBool::new(false));
-    watch_for_interrupts(cancel.clone());
     let bar = progress_bar("{bar:40} {bytes}/{total_bytes} {eta} {msg}");
+    // Once there is a part of a file, an interrupt waits for it to be removed.
+    let mut writing = None;
     let mut progress = |tensor: &Stored, done, total| {
+        writing.get_or_insert_with(Finishing::first);
         bar.set_length(total);
         bar.set_position(done);
-        bar.set_message(tensor.name.clone());
-        !cancel.load(Ordering::Relaxed)
+        bar.set_message(visible_name(&tensor.name).into_owned());
+        !interrupts::asked()
     };
     let result = pool.install(|| work(&mut progress));
     bar.finish_and_clear();
@@ -77,8 +79,21 @@ impl Sum {
 }
 
 impl Report<'_> {
+    /// What the tensors take, where the output is no file that tells.
     fn output_bytes(&self) -> u64 {
-        std::fs::metadata(self.output).map_or(0, |meta| meta.len())
+        match std::fs::metadata(self.output) {
+            Ok(meta) if meta.is_file() => meta.len(),
+            _ => self.stored.iter().map(|tensor| tensor.bytes).sum(),
+        }
+    }
+
+    /// Prints a line of the report: to standard error if the model itself went to standard output.
+    pub fn say(&self, line: impl std::fmt::Display) -> Result<()> {
+        match files::is_standard_output(self.output) {
+            true => writeln!(std::io::stderr().lock(), "{line}")
+                .map_err(|e| Error::io("standard error", e)),
+            false => print_line(line),
+        }
     }
 
     fn fallbacks(&self) -> impl Iterator<Item = &Stored> {
@@ -88,9 +103,11 @@ impl Report<'_> {
     /// Says on standard error which tensors have another type than was asked for.
     pub fn print_fallbacks(&self) {
         for tensor in self.fallbacks() {
-            eprintln!(
+            tell!(
                 "mtad: {}: its rows are no whole blocks of {}; stored as {}",
-                tensor.name, tensor.wanted, tensor.now
+                tensor.name,
+                tensor.wanted,
+                tensor.now
             );
         }
     }
@@ -141,7 +158,7 @@ impl Report<'_> {
     /// As a table.
     pub fn print(&self) -> Result<()> {
         let (all, by_type) = self.sums();
-        print_line(format_args!(
+        self.say(format_args!(
             "{}: {} -> {}, {:.2} bits per weight, in {:.1} s",
             self.output.display(),
             HumanBytes(self.input_bytes),
@@ -149,7 +166,7 @@ impl Report<'_> {
             all.bits(),
             self.seconds
         ))?;
-        print_line("  type    tensors          size   error")?;
+        self.say("  type    tensors          size   error")?;
         for (name, sum) in by_type {
             let size = HumanBytes(sum.bytes).to_string();
             // Like the noise of a signal: root of mean squared error by mean square.
@@ -157,7 +174,7 @@ impl Report<'_> {
                 Some(nmse) => format!("{:.3}%", 100.0 * nmse.sqrt()),
                 None => "copied".to_owned(),
             };
-            print_line(format_args!("  {name:7} {:7} {size:>13} {error:>7}", sum.tensors))?;
+            self.say(format_args!("  {name:7} {:7} {size:>13} {error:>7}", sum.tensors))?;
         }
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! A checkpoint's JSON files, with messages that name file and key.
 
-use std::fs;
+use std::io;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Larger files than this are no descriptions of a model (published ones stay below 40 MB).
 const MAX_BYTES: u64 = 256 << 20;
@@ -14,25 +15,40 @@ const MAX_BYTES: u64 = 256 << 20;
 /// limit when they are run.
 const MAX_DIM: u64 = 1 << 24;
 
+/// What parsed values may take in memory for each byte of their file, and beyond that. Vocabularies
+/// take about 20.
+const MEMORY_PER_BYTE: u64 = 32;
+const MEMORY: u64 = 64 << 20;
+
+/// Bytes that a value takes, and that an object takes beside: maps hold room for 11 entries.
+const OF_VALUE: u64 = 32;
+const OF_OBJECT: u64 = 640;
+
 const POSITIVE: &str = "a positive number that single precision can hold";
 
 /// The text of a file; `None` if it is not there.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>> {
-    let name = path.display().to_string();
-    let io = |source| Error::io(name.clone(), source);
-    // Asked first: opening a FIFO would wait for a writer.
-    let meta = match fs::metadata(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        meta => meta.map_err(io)?,
-    };
-    if !meta.is_file() {
-        return Err(Error::format(name, "is not a regular file"));
+    match files::read(path, MAX_BYTES) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        bytes => bytes.map(Some),
     }
-    if meta.len() > MAX_BYTES {
-        let what = format!("has {} bytes; at most {MAX_BYTES} are read", meta.len());
-        return Err(Error::format(name, what));
+}
+
+/// About how many bytes the values of a JSON text take when they are parsed.
+fn memory_of(text: &[u8]) -> u64 {
+    let (mut memory, mut is_string, mut is_escaped) = (0, false, false);
+    for byte in text {
+        match (is_string, byte) {
+            (true, _) if is_escaped => is_escaped = false,
+            (true, b'\\') => is_escaped = true,
+            (_, b'"') => is_string = !is_string,
+            // As many values as there are commas and openings.
+            (false, b',' | b'[') => memory += OF_VALUE,
+            (false, b'{') => memory += OF_VALUE + OF_OBJECT,
+            _ => {}
+        }
     }
-    fs::read(path).map(Some).map_err(io)
+    memory
 }
 
 /// A JSON object and where it stands.
@@ -49,6 +65,15 @@ impl Object {
     pub fn read(path: &Path) -> Result<Option<Self>> {
         let file = path.display().to_string();
         let Some(bytes) = read(path)? else { return Ok(None) };
+        let memory = memory_of(&bytes);
+        if memory > MEMORY_PER_BYTE * bytes.len() as u64 + MEMORY {
+            let what = format!(
+                "has so many small values that its {} bytes would take {memory} in memory; it is no \
+                 description of a model",
+                bytes.len()
+            );
+            return Err(Error::format(file, what));
+        }
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(map)) => Ok(Some(Object { file, prefix: String::new(), map })),
             Ok(_) => Err(Error::format(file, "is JSON, but no object ({...})")),
@@ -166,5 +191,33 @@ pub(super) fn shown(value: &Value) -> String {
     match text.char_indices().nth(300) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_are_made_to_fill_memory_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let read = |text: String| {
+            std::fs::write(&path, text).unwrap();
+            Object::read(&path)
+        };
+        // Objects of one entry: 7 bytes each in the file, about 640 in memory.
+        let objects = |n: usize| format!("{{\"z\":[{}1]}}", "{\"\":0},".repeat(n));
+        assert!(read(objects(100_000)).is_ok());
+        let error = read(objects(200_000)).unwrap_err().to_string();
+        assert!(error.contains("so many small values"), "{error}");
+        // The same in a string is nothing.
+        let text = objects(200_000).replace('"', "\\\"");
+        assert!(read(format!("{{\"z\":\"{text}\"}}")).is_ok());
+        // A vocabulary of published size, written as tersely as can be.
+        let vocab: Vec<String> = (0..262_144).map(|i| format!("\"{i:x}\":{i}")).collect();
+        let merges: Vec<String> = (0..500_000).map(|i| format!("[\"{i:x}\",\"b\"]")).collect();
+        let text = format!("{{\"v\":{{{}}},\"m\":[{}]}}", vocab.join(","), merges.join(","));
+        assert!(read(text).is_ok());
     }
 }

@@ -16,8 +16,9 @@ mod tokenizer;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::gguf::Writer;
-use crate::gguf::store::{self, Part, QUANTIZATION_VERSION};
+use crate::gguf::store::{self, QUANTIZATION_VERSION};
 use crate::quant::{BlockType, Chosen, ModelFacts, Recipe};
 
 use checkpoint::Checkpoint;
@@ -158,9 +159,10 @@ pub fn convert(
         }
     }
     let files = files(folder)?;
-    let part = Part::beside(out, files.iter().map(PathBuf::as_path).chain(checkpoint.paths()))?;
+    let inputs = files.iter().map(PathBuf::as_path).chain(checkpoint.paths());
+    let out = OutputFile::create(out, inputs)?;
     let release = |bytes: &[u8]| checkpoint.release(bytes);
-    store::write(part, &writer, &mut stored, &sources, &release, progress)?;
+    store::write(out, &writer, &mut stored, &sources, &release, progress)?;
     let input_bytes = checkpoint.len();
     Ok(Converted { architecture, recipe, stored, input_bytes, tokenizer: tokens, notes })
 }

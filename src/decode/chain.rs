@@ -3,7 +3,7 @@
 //! that a token must pass.
 
 use super::{Block, Kept, Phase, Round, draft_of, eval_chain, verify_chain, want};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lm::{Batch, Row, Token};
 use crate::sampling::{Distribution, Path, Rng};
 
@@ -43,7 +43,8 @@ impl Chain {
             };
             self.evaluated = i as u32 + 1;
             let q = &mut self.q[i];
-            q.fill(output, vocab, &q_warp, Path { text, branch: &self.tokens })?;
+            q.fill(output, vocab, &q_warp, Path { text, branch: &self.tokens })
+                .map_err(Error::of_draft)?;
             if least > 0.0 && q.prob(q.argmax()) < least {
                 break;
             }

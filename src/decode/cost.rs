@@ -54,7 +54,8 @@ impl CostTable {
         let draft = super::draft_of(models, super::Strategy::Auto)?;
         let widest = Self::DRAFT_ROWS[Self::DRAFT_ROWS.len() - 1];
         let largest = warp.is_greedy().then_some(widest);
-        let draft = seconds(draft, &Self::DRAFT_ROWS, token, vocab, &q_warp, Some(largest))?;
+        let draft = seconds(draft, &Self::DRAFT_ROWS, token, vocab, &q_warp, Some(largest))
+            .map_err(Error::of_draft)?;
         Self::new(target, draft)
     }
 

@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
+use super::pieces::{Pieces, fill};
 use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
 use super::{Settings, Statistics, Strategy, Timeline, draft_of};
-use crate::error::{Error, Result};
-use crate::lm::{Lm, Token, extend};
+use crate::error::{Error, Result, TARGET};
+use crate::lm::{Lm, MAX_TREE, Token};
 use crate::sampling::{Rng, RngState};
 
 /// A text that grows by blocks.
@@ -29,10 +31,16 @@ pub struct Decoding {
     block: Block,
     /// What was measured of the models that are lent.
     costs: Option<Arc<CostTable>>,
+    /// What evaluating the last prompt took.
+    prefill: Prefill,
+    /// Set by whoever wants it to stop.
+    stop: Arc<AtomicBool>,
+    /// How prompts are cut for target and draft.
+    pieces: [Pieces; 2],
 }
 
 /// What evaluating a prompt took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prefill {
     /// Tokens that the target had evaluated before.
     pub reused: usize,
@@ -58,6 +66,9 @@ impl Decoding {
             timeline: Timeline::default(),
             block: Block::default(),
             costs: None,
+            prefill: Prefill::default(),
+            stop: Arc::default(),
+            pieces: [Pieces::new(MAX_TREE); 2],
             settings,
         })
     }
@@ -93,6 +104,18 @@ impl Decoding {
         decoding.text = text;
         decoding.rng = Rng::at(rng);
         decoding
+    }
+
+    /// Has the evaluation of prompts stop when `stop` is set. `pieces` are how prompts are cut at
+    /// first, for target and draft.
+    pub(crate) fn stop_when(&mut self, stop: Arc<AtomicBool>, pieces: [Pieces; 2]) {
+        self.stop = stop;
+        self.pieces = pieces;
+    }
+
+    /// What evaluating the last prompt took; of one that was stopped, what was done of it.
+    pub fn prefill(&self) -> Prefill {
+        self.prefill
     }
 
     /// Where the generator is.
@@ -146,7 +169,8 @@ impl Decoding {
     /// # Errors
     /// [`Error::Invalid`] for an empty prompt or a missing draft, [`Error::ContextFull`] for a
     /// prompt that the target has no room for (a draft that has none is not used); nothing has
-    /// changed then. What the models report.
+    /// changed then. What the models report. [`Error::Cancelled`] if it was told to stop: the
+    /// prompt is the text then, and what is missing is evaluated before the next round.
     ///
     /// The controller's first start measures what passes cost, unless it was given a table; that
     /// time is in no phase.
@@ -174,18 +198,20 @@ impl Decoding {
         self.statistics = Statistics::default();
 
         let reused = models.target.committed();
-        let mut filled = fill(models.target, &prompt[..last]);
+        let [target_pieces, draft_pieces] = self.pieces;
+        let mut filled = fill(models.target, &prompt[..last], target_pieces, &self.stop);
+        self.prefill = Prefill { reused, evaluated: models.target.committed() - reused };
         if let Some(draft) = &mut models.draft
             && filled.is_ok()
             && drafts
             && prompt.len() <= draft.capacity()
         {
-            filled = fill(&mut **draft, &prompt[..last]);
+            filled = fill(&mut **draft, &prompt[..last], draft_pieces, &self.stop);
         }
         self.timeline.stop();
         filled?;
         self.measure_costs(models, prompt[last])?;
-        Ok(Prefill { reused, evaluated: last - reused })
+        Ok(self.prefill)
     }
 
     /// Goes on with the text as if all of it were the prompt: what comes is counted, timed and
@@ -203,6 +229,29 @@ impl Decoding {
         self.scores.clear();
         self.statistics = Statistics::default();
         self.measure_costs(models, last)
+    }
+
+    /// Evaluates what a prompt that was stopped has left to do, as [`Decoding::start`] does it. (A
+    /// round evaluates the few tokens that it finds missing by itself. The controller weighs what
+    /// it costs to have the draft catch up.)
+    fn catch_up(&mut self, models: &mut Models<'_>, with_draft: bool) -> Result<()> {
+        let before = &self.text[..self.text.len() - 1];
+        let behind = |lm: &dyn Lm, pieces: Pieces| {
+            let missing = before.len().saturating_sub(lm.committed());
+            missing > pieces.next(missing)
+        };
+        let [target_pieces, draft_pieces] = self.pieces;
+        if behind(models.target, target_pieces) {
+            self.timeline.enter(Phase::Prefill);
+            fill(models.target, before, target_pieces, &self.stop)?;
+        }
+        if let Some(draft) = models.draft.as_mut().filter(|_| with_draft)
+            && behind(&**draft, draft_pieces)
+        {
+            self.timeline.enter(Phase::Prefill);
+            fill(&mut **draft, before, draft_pieces, &self.stop)?;
+        }
+        Ok(())
     }
 
     /// Adds tokens to the text that were decided before; the models catch up in the next round.
@@ -255,7 +304,8 @@ impl Decoding {
     ///
     /// # Errors
     /// [`Error::Invalid`] before a start or without the draft that the strategy needs; what the
-    /// models report. The text is as before then, and the models' lines are prefixes of it.
+    /// models report; [`Error::Cancelled`] if it was told to stop while it evaluated what a prompt
+    /// had left to do. The text is as before then, and the models' lines are prefixes of it.
     pub fn next_block(&mut self, models: &mut Models<'_>) -> Result<Option<&Block>> {
         let len = self.text.len();
         if len == 0 {
@@ -276,6 +326,12 @@ impl Decoding {
             length.min(room.saturating_add(1))
         };
         self.block.clear();
+        let with_draft = gamma > 0
+            && self.settings.strategy.needs_draft()
+            && self.settings.strategy != Strategy::Auto;
+        let caught_up = self.catch_up(models, with_draft);
+        self.timeline.stop();
+        caught_up?;
         let algorithm = if gamma == 0 { &mut self.plain } else { &mut *self.algorithm };
         let mut round = Round {
             models: models.reborrow(),
@@ -286,6 +342,9 @@ impl Decoding {
             timeline: &mut self.timeline,
         };
         let done = algorithm.round(&mut round, &mut self.block).and_then(|kept| {
+            if self.block.scores.iter().any(|score| !score.is_finite()) {
+                return Err(Error::NotFinite { model: TARGET.to_owned() });
+            }
             round.models.target.keep(kept.target)?;
             match &mut round.models.draft {
                 Some(draft) => draft.keep(kept.draft),
@@ -356,10 +415,4 @@ fn shorten(models: &mut Models<'_>, len: usize) -> Result<()> {
         draft.truncate(draft.committed().min(len))?;
     }
     target
-}
-
-/// Evaluates and commits what of `tokens` is not in the line.
-fn fill(lm: &mut dyn Lm, tokens: &[Token]) -> Result<()> {
-    let done = lm.committed();
-    extend(lm, &tokens[done..])
 }

@@ -20,7 +20,7 @@
 
 use super::beams::{Beams, Sampling};
 use super::{Algorithm, Block, Kept, Phase, Round, Rows, draft_of, verify_nodes};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lm::Token;
 use crate::sampling::{Distribution, Path, Removed, pick};
 
@@ -70,7 +70,8 @@ impl Algorithm for Dsbd {
         round.timeline.enter(Phase::Draft);
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let how = Sampling { keep: true, ..Sampling::of_draft(settings) };
-        self.beams.sample(draft, text, vocab, gamma, &how, round.rng)?;
+        let sampled = self.beams.sample(draft, text, vocab, gamma, &how, round.rng);
+        sampled.map_err(Error::of_draft)?;
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));
         let target = &mut *round.models.target;

@@ -8,7 +8,7 @@
 
 use super::beams::{Beams, Sampling};
 use super::{Algorithm, Block, Kept, Phase, Round, draft_of, verify_nodes};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lm::Token;
 use crate::sampling::{Distribution, Path};
 
@@ -33,7 +33,8 @@ impl Algorithm for Mmtad {
         round.timeline.enter(Phase::Draft);
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let how = Sampling::of_draft(settings);
-        self.beams.sample(draft, text, vocab, gamma, &how, round.rng)?;
+        let sampled = self.beams.sample(draft, text, vocab, gamma, &how, round.rng);
+        sampled.map_err(Error::of_draft)?;
         let best = self.beams.path(self.beams.best().node);
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));

@@ -8,7 +8,7 @@
 
 use super::beams::{Beams, Sampling};
 use super::{Algorithm, Block, Kept, Phase, Round, draft_of, verify_chain};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lm::Token;
 use crate::sampling::{Distribution, Path};
 
@@ -31,7 +31,8 @@ impl Algorithm for Mtad {
         round.timeline.enter(Phase::Draft);
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let how = Sampling::of_draft(settings);
-        self.beams.sample(draft, text, vocab, gamma, &how, round.rng)?;
+        let sampled = self.beams.sample(draft, text, vocab, gamma, &how, round.rng);
+        sampled.map_err(Error::of_draft)?;
         let best = self.beams.best().node;
         self.beams.tokens(best, &mut self.branch);
         let nodes = self.beams.path(best);

@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use super::{Algorithm, Block, Kept, Phase, Round, draft_of, eval_chain, verify_nodes, want};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lm::{Batch, Row, Token};
 use crate::sampling::{Distribution, Path, Removed, Rng};
 
@@ -39,7 +39,7 @@ struct Node {
 impl Algorithm for SpecInfer {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
         round.timeline.enter(Phase::Draft);
-        let pending = self.draft(round)?;
+        let pending = self.draft(round).map_err(Error::of_draft)?;
         let (text, vocab, settings) = (round.text, round.models.vocab(), round.settings);
         let nodes = self.nodes.iter().map(|node| (node.token, node.parent));
         let target = &mut *round.models.target;

@@ -5,10 +5,13 @@
 //! each line counts at the moment that it arrives. Units: W, mW, uW, kW for power; J, mJ, uJ, kJ,
 //! Wh, mWh, kWh for energy since any moment. A number without a unit is refused: whoever takes
 //! watts for joules gets figures that look right.
+//!
+//! On Unix a command and all that it starts are a process group, which ends with the meter, also
+//! when this program is killed. (Elsewhere only the command itself is ended.)
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -129,11 +132,12 @@ struct Written {
 
 fn written(path: &Path) -> Line {
     let named = |error| Unavailable::new(format!("{}: {error}", path.display()));
-    let file = std::fs::File::open(path).map_err(named)?;
-    if !file.metadata().map_err(named)?.is_file() {
+    // Asked first: opening a FIFO would wait for a writer.
+    if !std::fs::metadata(path).map_err(named)?.is_file() {
         let why = "is not a regular file; for a device or a pipe use cmd:cat";
         return Err(Unavailable::new(format!("{} {why}", path.display())));
     }
+    let file = std::fs::File::open(path).map_err(named)?;
     let mut line = String::new();
     BufReader::new(file.take(LONGEST_LINE)).read_line(&mut line).map_err(named)?;
     parse(&line)
@@ -185,8 +189,62 @@ struct Shared {
 struct State {
     /// The newest line, or why there will be no more.
     latest: Option<(Instant, Line)>,
-    child: Option<Child>,
+    child: Option<Running>,
     stopped: bool,
+}
+
+/// A command under way.
+struct Running {
+    shell: Child,
+    /// What the group's watcher reads: when this is closed, by whatever ends this process, the
+    /// watcher ends the group.
+    _lifeline: Option<ChildStdin>,
+}
+
+/// Starts a watcher, then becomes a shell for the command ($1), whose input is empty. The watcher
+/// holds none of the command's streams, so that their ends are seen.
+#[cfg(unix)]
+const IN_A_GROUP: &str = "exec 3<&0
+{ read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
+exec sh -c \"$1\" </dev/null 3<&-";
+
+impl Running {
+    #[cfg(unix)]
+    fn start(command: &str) -> std::io::Result<Self> {
+        use std::os::unix::process::CommandExt;
+        let mut shell = Command::new("sh")
+            .args(["-c", IN_A_GROUP, "sh", command])
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        // Kept apart: to wait for a child closes its input.
+        let lifeline = shell.stdin.take();
+        Ok(Running { shell, _lifeline: lifeline })
+    }
+
+    #[cfg(not(unix))]
+    fn start(command: &str) -> std::io::Result<Self> {
+        let (shell, flag) = if cfg!(windows) { ("cmd", "/C") } else { ("sh", "-c") };
+        let shell = Command::new(shell)
+            .args([flag, command])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        Ok(Running { shell, _lifeline: None })
+    }
+
+    /// Ends the command and all of its group.
+    fn kill(mut self) {
+        #[cfg(unix)]
+        {
+            use rustix::process::{Pid, Signal, kill_process_group};
+            // The shell was not waited for, so its number is that of no other group.
+            let _ = kill_process_group(Pid::from_child(&self.shell), Signal::KILL);
+        }
+        let _ = self.shell.kill();
+        let _ = self.shell.wait();
+    }
 }
 
 impl Shared {
@@ -218,18 +276,12 @@ impl Shared {
 
     fn run(&self, command: &str) -> Result<(), Unavailable> {
         let failed = |error| Unavailable::new(format!("the command {command:?}: {error}"));
-        let (shell, flag) = if cfg!(windows) { ("cmd", "/C") } else { ("sh", "-c") };
         let mut state = self.lock();
         if state.stopped {
             return Ok(());
         }
-        let mut child = Command::new(shell)
-            .args([flag, command])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(failed)?;
-        let stdout = child.stdout.take();
+        let mut child = Running::start(command).map_err(failed)?;
+        let stdout = child.shell.stdout.take();
         state.child = Some(child);
         drop(state);
         let mut lines = 0;
@@ -244,8 +296,17 @@ impl Shared {
                 line.clear();
             }
         }
-        let Some(mut child) = self.lock().child.take() else { return Ok(()) };
-        let status = child.wait().map_err(failed)?;
+        // A command may go on after its output ended; until then it stays where the meter ends it.
+        let status = loop {
+            let mut state = self.lock();
+            let Some(child) = &mut state.child else { return Ok(()) };
+            if let Some(status) = child.shell.try_wait().map_err(failed)? {
+                // What of its group still runs ends with the lifeline.
+                state.child = None;
+                break status;
+            }
+            drop(self.news.wait_timeout(state, Duration::from_millis(5)));
+        };
         if !status.success() {
             return Err(Unavailable::new(format!("the command {command:?} failed: {status}")));
         }
@@ -320,12 +381,12 @@ impl Drop for Printed {
         let mut state = self.shared.lock();
         state.stopped = true;
         // The thread ends when the command's output does; nobody waits for it.
-        if let Some(mut child) = state.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let child = state.child.take();
         drop(state);
         self.shared.news.notify_all();
+        if let Some(child) = child {
+            child.kill();
+        }
     }
 }
 

@@ -412,7 +412,7 @@ impl Assumed {
             resolution: 0.0,
             refresh: Duration::ZERO,
             interval: Duration::from_millis(100),
-            source: format!("--assume-watts {watts}"),
+            source: format!("an assumption of {watts} W"),
         };
         Ok(Assumed { info, watts })
     }

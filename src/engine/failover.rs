@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::notes::Notes;
 use super::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::lm::tree::rows_of;
@@ -12,12 +13,12 @@ use crate::lm::{Batch, Lm, Outputs, Row, Token, Want, extend};
 pub(super) struct Standby {
     load: Box<dyn Fn() -> Result<Model> + Send + Sync>,
     loaded: Mutex<Option<Model>>,
-    notes: Arc<Mutex<Vec<String>>>,
+    notes: Arc<Notes>,
 }
 
 impl Standby {
     pub fn new(
-        notes: Arc<Mutex<Vec<String>>>,
+        notes: Arc<Notes>,
         load: impl Fn() -> Result<Model> + Send + Sync + 'static,
     ) -> Self {
         Standby { load: Box::new(load), loaded: Mutex::default(), notes }
@@ -30,8 +31,7 @@ impl Standby {
             return Ok(model.clone());
         }
         let model = (self.load)()?;
-        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
-        notes.push(format!("{why}; went on with {}", model.device().describe()));
+        self.notes.tell(format!("{why}; went on with {}", model.device().describe()));
         Ok(loaded.insert(model).clone())
     }
 }

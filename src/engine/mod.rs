@@ -3,18 +3,19 @@
 //! - `pipeline`: a program's stages one after another; `sequence`: one text's rows, and the [`Lm`] that decoders
 //!   see of it; `scheduler`: what sequences post, gathered into passes;
 //! - [`device`]: the devices that a model can be loaded to; `failover`: what happens when one is lost;
-//! - `memory`: what is needed, known before it is taken.
+//! - `memory`: what is needed, known before it is taken; `notes`: what a person should know.
 
 pub mod device;
 mod failover;
 mod memory;
+mod notes;
 mod pipeline;
 mod scheduler;
 mod sequence;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
 pub use crate::exec::cpu::{Cpu, Isa, Readable};
@@ -30,6 +31,8 @@ pub use device::Device;
 use failover::{Failover, Standby};
 use memory::Reservation;
 pub use memory::{Budget, Size};
+pub use notes::NoteListener;
+use notes::Notes;
 use pipeline::Pipeline;
 pub use scheduler::PassCounts;
 use scheduler::Scheduler;
@@ -71,7 +74,7 @@ pub struct Model {
     digest: Arc<OnceLock<u128>>,
     /// Where sessions go on if the device is lost.
     standby: Option<Arc<Standby>>,
-    notes: Arc<Mutex<Vec<String>>>,
+    notes: Arc<Notes>,
     budget: Budget,
     /// What weights and activations take.
     _taken: Arc<Reservation>,
@@ -107,13 +110,15 @@ impl Model {
         };
         let Some(fallback) = device.fallback() else { return Err(error) };
         let note = format!("{error}; runs on {} instead", fallback.describe());
-        Self::load_on(file, &fallback, Arc::new(Mutex::new(vec![note])), budget, progress)
+        let notes = Arc::new(Notes::default());
+        notes.tell(note);
+        Self::load_on(file, &fallback, notes, budget, progress)
     }
 
     fn load_on(
         file: Arc<Gguf>,
         device: &Device,
-        notes: Arc<Mutex<Vec<String>>>,
+        notes: Arc<Notes>,
         budget: &Budget,
         progress: Progress<'_>,
     ) -> Result<Self> {
@@ -134,7 +139,7 @@ impl Model {
         let placement: place::Placement = match device {
             Device::Cpu(cpu) => {
                 let (cpu, note) = packing_if_it_fits(cpu, &program, file.name(), budget);
-                notes.lock().unwrap_or_else(PoisonError::into_inner).extend(note);
+                note.into_iter().for_each(|note| notes.tell(note));
                 vec![(cpu, layers)]
             }
             #[cfg(feature = "gpu")]
@@ -170,8 +175,16 @@ impl Model {
     pub fn session(&self, options: &SessionOptions) -> Result<Box<dyn Lm>> {
         let limit = self.shape.position_limit.unwrap_or(usize::MAX);
         if let Some(wanted) = options.context.filter(|wanted| *wanted > limit) {
-            self.note(format!(
+            self.notes.tell(format!(
                 "{} has {limit} learned positions; a context of {wanted} ends there",
+                self.file.name()
+            ));
+        }
+        let trained = self.shape.context;
+        if let Some(wanted) = options.context.filter(|wanted| *wanted > trained && trained < limit)
+        {
+            self.notes.tell(format!(
+                "{} was trained for a context of {trained}, and is given one of {wanted}",
                 self.file.name()
             ));
         }
@@ -181,7 +194,7 @@ impl Model {
             // (Half of what is left, so that another session has room too.)
             let fits = usize::try_from(left / 2 / row.max(1)).unwrap_or(usize::MAX);
             if fits < capacity {
-                self.note(format!(
+                self.notes.tell(format!(
                     "{} was trained for a context of {capacity}; memory holds {fits} rows of it",
                     self.file.name()
                 ));
@@ -197,14 +210,6 @@ impl Model {
         })
     }
 
-    /// Tells a person something, once.
-    fn note(&self, note: String) {
-        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
-        if !notes.contains(&note) {
-            notes.push(note);
-        }
-    }
-
     /// The passes that its sessions have run so far.
     pub fn pass_counts(&self) -> PassCounts {
         self.scheduler.counts()
@@ -218,7 +223,12 @@ impl Model {
     /// What a person should know of where it runs: that a device did not do, or was lost. Each note
     /// is handed out once.
     pub fn take_notes(&self) -> Vec<String> {
-        std::mem::take(&mut *self.notes.lock().unwrap_or_else(PoisonError::into_inner))
+        self.notes.take()
+    }
+
+    /// Has such notes heard by `listener`, as they come up.
+    pub fn on_note(&self, listener: NoteListener) {
+        self.notes.listen(listener);
     }
 
     /// The file that it came from.

@@ -11,6 +11,8 @@ mod cooling;
 mod journal;
 mod outcome;
 pub mod perplexity;
+#[cfg(feature = "spider")]
+mod queries;
 pub mod report;
 mod runner;
 #[cfg(feature = "spider")]
@@ -22,6 +24,10 @@ pub use arms::{Arm, Grid};
 pub use cooling::cool;
 pub use journal::Journal;
 pub use outcome::Outcome;
+#[cfg(feature = "spider")]
+pub use queries::run_queries_with;
+#[cfg(feature = "spider")]
+pub(crate) use queries::{COMMAND as ANSWER_QUERIES, answer_queries};
 pub use runner::{Observer, Runner, fingerprint};
 pub use summary::{Estimate, Summary, summarize};
 pub use tasks::{Answer, Task, TaskSet};

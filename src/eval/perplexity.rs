@@ -5,8 +5,14 @@
 //! that takes the place of a chunk's first token. Only the second half of a chunk is scored, so
 //! that every scored token has at least half a chunk before it.
 
-use crate::error::{Error, Result};
-use crate::lm::{Batch, Lm, MAX_TREE, Output, Row, Token, Want};
+use std::time::Instant;
+
+use crate::decode::Pieces;
+use crate::error::{Error, Result, TARGET};
+use crate::lm::{Batch, Lm, Output, Row, Token, Want};
+
+/// Rows that are evaluated at a time while nothing is known of their speed.
+const FIRST_ROWS: usize = 16;
 
 /// What was found.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -20,10 +26,14 @@ pub struct Perplexity {
 }
 
 impl Perplexity {
-    fn add(&mut self, log_prob: f64) {
+    fn add(&mut self, log_prob: f64) -> Result<()> {
+        if !log_prob.is_finite() {
+            return Err(Error::NotFinite { model: TARGET.to_owned() });
+        }
         self.scored += 1;
         self.sum -= log_prob;
         self.squares += log_prob * log_prob;
+        Ok(())
     }
 
     /// Mean -ln p of a token.
@@ -47,11 +57,14 @@ impl Perplexity {
 /// Scores `tokens` in chunks of `chunk` tokens, at most `most` chunks.
 ///
 /// `tokens` begin with `bos`, if there is one, which begins each chunk. `progress` is told the
-/// result so far and the number of chunks after each of them; returning false stops there.
+/// result so far and the number of chunks after each of them; returning false stops there. So does
+/// a model that returns [`Error::Cancelled`] ([`crate::decode::Interruptible`]) within a chunk, of
+/// which nothing counts then.
 ///
 /// # Errors
 /// A chunk of fewer than 4 tokens or more than the context holds; fewer than two chunks of text, as
-/// llama.cpp asks for; what the model reports; [`Error::Cancelled`] before the first chunk.
+/// llama.cpp asks for; logits that are no finite numbers; what the model reports;
+/// [`Error::Cancelled`] before the first chunk is done.
 pub fn perplexity(
     lm: &mut dyn Lm,
     tokens: &[Token],
@@ -68,17 +81,23 @@ pub fn perplexity(
     }
     if tokens.len() < 2 * chunk {
         return Err(Error::invalid(format!(
-            "the text has {} tokens; two chunks of {chunk} are needed at least: give more text or a smaller --chunk",
+            "the text has {} tokens; two chunks of {chunk} are needed at least: give more text or smaller chunks",
             tokens.len()
         )));
     }
     let chunks = (tokens.len() / chunk).min(most.unwrap_or(usize::MAX));
     let mut found = Perplexity::default();
+    let mut pieces = Pieces::new(FIRST_ROWS);
     for piece in tokens.chunks_exact(chunk).take(chunks) {
         if !progress(&found, chunks) {
             break;
         }
-        score_chunk(lm, piece, bos, &mut found)?;
+        let mut with_this = found;
+        match score_chunk(lm, piece, bos, &mut with_this, &mut pieces) {
+            Ok(()) => found = with_this,
+            Err(Error::Cancelled) => break,
+            Err(error) => return Err(error),
+        }
         found.chunks += 1;
     }
     progress(&found, chunks);
@@ -90,11 +109,14 @@ fn score_chunk(
     chunk: &[Token],
     bos: Option<Token>,
     found: &mut Perplexity,
+    pieces: &mut Pieces,
 ) -> Result<()> {
     lm.truncate(0)?;
     let first = chunk.len() / 2;
-    for start in (0..chunk.len()).step_by(MAX_TREE) {
-        let end = (start + MAX_TREE).min(chunk.len());
+    let mut start = 0;
+    while start < chunk.len() {
+        let end = start + pieces.next(chunk.len() - start);
+        let clock = Instant::now();
         let mut batch = Batch::new();
         for i in start..end {
             let token = if i == 0 { bos.unwrap_or(chunk[0]) } else { chunk[i] };
@@ -107,10 +129,12 @@ fn score_chunk(
         let outputs = lm.eval(&batch)?;
         for i in 0..end - start {
             if let Output::LogProbs(log_probs) = outputs.get(i) {
-                log_probs.iter().for_each(|&log_prob| found.add(log_prob));
+                log_probs.iter().try_for_each(|&log_prob| found.add(log_prob))?;
             }
         }
         lm.keep(Some(Row((end - start) as u32 - 1)))?;
+        pieces.took(end - start, clock.elapsed());
+        start = end;
     }
     Ok(())
 }

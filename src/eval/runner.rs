@@ -1,10 +1,10 @@
 //! Arms take turns on tasks.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Arm, Journal, Outcome, Task};
+use crate::cached::Key;
 use crate::decode::{CostTable, Settings, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::Result;
@@ -162,7 +162,8 @@ impl Runner<'_> {
         if self.cancel.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let score = self.tasks[task].answer.as_ref().map(|answer| answer.score(&text));
+        let answer = self.tasks[task].answer.as_ref();
+        let score = answer.map(|answer| answer.try_score(&text)).transpose()?;
         let outcome = Outcome::new(&arm.label, task, repeat, text, &generation);
         Ok(Some(Outcome { score, ..outcome }))
     }
@@ -171,17 +172,17 @@ impl Runner<'_> {
 /// What must be the same for generations to be put together: the models, the tasks, and all
 /// settings that arms share. (Arms, repeats and their number may differ.)
 pub fn fingerprint(pair: &Pair, tasks: &[Task], shared: &[&dyn std::fmt::Debug]) -> String {
-    let mut hash = DefaultHasher::new();
-    env!("CARGO_PKG_VERSION").hash(&mut hash);
+    let mut key = Key::new("evaluation").text(env!("CARGO_PKG_VERSION"));
     for model in [Some(pair.target()), pair.draft()].into_iter().flatten() {
-        (model.digest(), model.describe()).hash(&mut hash);
+        key = key.bytes(&model.digest().to_le_bytes()).text(&model.describe());
     }
     for task in tasks {
-        (&task.prompt, &task.stop, task.max_tokens).hash(&mut hash);
-        format!("{:?}", task.answer).hash(&mut hash);
+        key = key.text(&task.prompt).number(task.stop.len() as u64);
+        key = task.stop.iter().fold(key, |key, stop| key.text(stop));
+        key = key.text(&format!("{:?} {:?}", task.max_tokens, task.answer));
     }
     for setting in shared {
-        format!("{setting:?}").hash(&mut hash);
+        key = key.text(&format!("{setting:?}"));
     }
-    format!("{:016x}", hash.finish())
+    key.finish()
 }

@@ -1,108 +1,45 @@
 //! Spider (Yu et al., EMNLP 2018): questions about databases, answered in SQL, scored by execution.
 //!
 //! A prompt gives the schema, then the question as a comment, then `SELECT`. What a model goes on
-//! with is run, read-only and for a limited time, and must find what the right query finds: the
-//! same rows, in the same order if the right query asks for one.
+//! with is run where it can do no harm ([`super::queries`]), and must find what the right query
+//! finds: the same rows, in the same order if the right query asks for one.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use rusqlite::limits::Limit;
-use rusqlite::types::ValueRef;
-use rusqlite::{Connection, OpenFlags};
 use serde_json::Value as Json;
 
+use super::queries::{Rows, run};
 use crate::error::{Error, Result};
 
 /// What ends a query.
 pub(super) const STOP: [&str; 2] = [";", "\n\n"];
 /// How queries begin, in the prompt.
 const BEGINNING: &str = "SELECT";
-/// The longest that a query may run.
-const TIME: Duration = Duration::from_secs(5);
-/// The most rows that are compared; a query that finds more is wrong.
-const ROWS: usize = 100_000;
 
-/// The right query, and where it is asked.
+/// The right query, where it is asked, and what it finds.
 #[derive(Debug, Clone)]
 pub struct Query {
     database: PathBuf,
     sql: String,
-}
-
-/// A value as it is compared.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Cell {
-    Null,
-    /// Whole or not, with what six digits tell apart: sums are added in any order.
-    Number(String),
-    Bytes(Vec<u8>),
+    right: Rows,
 }
 
 impl Query {
     /// Whether what follows the beginning finds the same.
-    pub(super) fn is_answered_by(&self, text: &str) -> bool {
+    ///
+    /// # Errors
+    /// It cannot be run, whatever it is.
+    pub(super) fn is_answered_by(&self, text: &str) -> Result<bool> {
         let sql = format!("{BEGINNING} {text}");
         let sql = STOP.iter().fold(&*sql, |sql, stop| sql.split(stop).next().unwrap_or(sql));
-        match (execute(&self.database, sql), execute(&self.database, &self.sql)) {
-            (Ok(found), Ok(right)) => same(found, right, self.is_ordered()),
-            _ => false,
-        }
+        let found = run(&self.database, sql)?;
+        Ok(found.is_ok_and(|found| found.same(&self.right, self.is_ordered())))
     }
 
     fn is_ordered(&self) -> bool {
         self.sql.to_ascii_lowercase().contains("order by")
-    }
-}
-
-fn same(mut found: Vec<Vec<Cell>>, mut right: Vec<Vec<Cell>>, ordered: bool) -> bool {
-    if !ordered {
-        found.sort();
-        right.sort();
-    }
-    found == right
-}
-
-/// The rows that a query finds, or why there are none.
-fn execute(database: &Path, sql: &str) -> Result<Vec<Vec<Cell>>, String> {
-    let text = |e: rusqlite::Error| e.to_string();
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut connection = Connection::open_with_flags(database, flags).map_err(text)?;
-    connection.set_limit(Limit::SQLITE_LIMIT_ATTACHED, 0).map_err(text)?;
-    connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, 10_000_000).map_err(text)?;
-    let deadline = Instant::now() + TIME;
-    connection.progress_handler(1000, Some(move || Instant::now() > deadline)).map_err(text)?;
-    let mut statement = connection.prepare(sql).map_err(text)?;
-    if !statement.readonly() {
-        return Err("it would write".to_owned());
-    }
-    let columns = statement.column_count();
-    let mut rows = statement.query([]).map_err(text)?;
-    let mut found = Vec::new();
-    while let Some(row) = rows.next().map_err(text)? {
-        if found.len() == ROWS {
-            return Err(format!("more than {ROWS} rows"));
-        }
-        let cells = (0..columns).map(|i| row.get_ref(i).map(cell));
-        found.push(cells.collect::<Result<Vec<_>, _>>().map_err(text)?);
-    }
-    Ok(found)
-}
-
-fn cell(value: ValueRef<'_>) -> Cell {
-    let number = |x: f64| Cell::Number(format!("{:.5e}", x + 0.0));
-    match value {
-        ValueRef::Null => Cell::Null,
-        // Whole numbers beyond six digits are told apart, too.
-        ValueRef::Integer(x) if x.abs() >= 1_000_000 => Cell::Number(x.to_string()),
-        ValueRef::Integer(x) => number(x as f64),
-        ValueRef::Real(x) if x.fract() == 0.0 && (1e6..1e15).contains(&x.abs()) => {
-            Cell::Number((x as i64).to_string())
-        }
-        ValueRef::Real(x) => number(x),
-        ValueRef::Text(bytes) | ValueRef::Blob(bytes) => Cell::Bytes(bytes.to_vec()),
     }
 }
 
@@ -138,11 +75,11 @@ pub(super) fn read(path: &Path) -> Result<(Vec<Case>, Vec<String>)> {
             absent.insert(id.to_owned());
             continue;
         };
-        let query = Query { database, sql: sql.to_owned() };
-        if execute(&query.database, sql).is_err() {
+        let Ok(right) = run(&database, sql)? else {
             failing += 1;
             continue;
-        }
+        };
+        let query = Query { database, sql: sql.to_owned(), right };
         let prompt = format!("{schema}\n-- {asked}\n{BEGINNING}");
         cases.push((format!("{id} {}", i + 1), prompt, query));
     }
@@ -163,6 +100,10 @@ pub(super) fn read(path: &Path) -> Result<(Vec<Case>, Vec<String>)> {
 
 fn array(path: &Path) -> Result<Vec<Json>> {
     let name = path.display().to_string();
+    // Asked first: opening a FIFO would wait for a writer.
+    if !fs::metadata(path).map_err(|e| Error::io(&name, e))?.is_file() {
+        return Err(Error::format(name, "is not a regular file"));
+    }
     let text = fs::read_to_string(path).map_err(|e| Error::io(&name, e))?;
     let json = serde_json::from_str(&text);
     match json.map_err(|e| Error::format(&name, format!("not JSON: {e}")))? {
@@ -216,72 +157,4 @@ fn create_tables(schema: &Json) -> String {
         text.push_str(&format!("CREATE TABLE {table} ({});\n", parts.join(", ")));
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn cells(sql: &str, database: &Path) -> Result<Vec<Vec<Cell>>, String> {
-        execute(database, sql)
-    }
-
-    /// A folder with one database in it.
-    fn folder() -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        let place = folder.path().join("database/zoo");
-        fs::create_dir_all(&place).unwrap();
-        let connection = Connection::open(place.join("zoo.sqlite")).unwrap();
-        let script = "CREATE TABLE animal (id INTEGER PRIMARY KEY, name TEXT, legs INTEGER);
-             INSERT INTO animal VALUES (1, 'cat', 4), (2, 'hen', 2), (3, 'dog', 4);";
-        connection.execute_batch(script).unwrap();
-        let tables = r#"[{"db_id": "zoo", "table_names_original": ["animal"],
-            "column_names_original": [[-1, "*"], [0, "id"], [0, "name"], [0, "legs"]],
-            "column_types": ["text", "number", "text", "number"], "primary_keys": [1], "foreign_keys": []}]"#;
-        fs::write(folder.path().join("tables.json"), tables).unwrap();
-        let dev = r#"[
-            {"db_id": "zoo", "question": "Which animals have four legs?", "query": "SELECT name FROM animal WHERE legs = 4"},
-            {"db_id": "zoo", "question": "Sorted?", "query": "SELECT name FROM animal ORDER BY name DESC"},
-            {"db_id": "zoo", "question": "Broken", "query": "SELECT wings FROM animal"},
-            {"db_id": "sea", "question": "Gone", "query": "SELECT 1"}]"#;
-        fs::write(folder.path().join("dev.json"), dev).unwrap();
-        folder
-    }
-
-    #[test]
-    fn answers_are_compared_by_what_they_find() {
-        let folder = folder();
-        let (cases, notes) = read(&folder.path().join("dev.json")).unwrap();
-        assert_eq!(cases.len(), 2);
-        assert!(notes[0].contains("sea") && notes[1].contains("1 questions"), "{notes:?}");
-        let prompt = &cases[0].1;
-        assert!(prompt.starts_with(
-            "CREATE TABLE animal (id number, name text, legs number, PRIMARY KEY (id));"
-        ));
-        assert!(prompt.ends_with("-- Which animals have four legs?\nSELECT"), "{prompt}");
-        let (four, sorted) = (&cases[0].2, &cases[1].2);
-        assert!(four.is_answered_by(" name FROM animal WHERE legs > 3 ORDER BY id DESC; and more"));
-        assert!(!four.is_answered_by(" name FROM animal"));
-        assert!(!four.is_answered_by(" nonsense FROM"));
-        assert!(sorted.is_answered_by("name from animal order by 1 desc"));
-        assert!(!sorted.is_answered_by("name from animal order by 1"));
-    }
-
-    #[test]
-    fn queries_neither_write_nor_run_for_ever() {
-        let folder = folder();
-        let zoo = folder.path().join("database/zoo/zoo.sqlite");
-        for sql in ["DELETE FROM animal", "ATTACH 'other.sqlite' AS other", "DROP TABLE animal"] {
-            assert!(cells(sql, &zoo).is_err(), "{sql}");
-        }
-        assert_eq!(
-            cells("SELECT count(*), 4.0 FROM animal", &zoo).unwrap()[0][0],
-            cell(ValueRef::Integer(3))
-        );
-        assert_eq!(cell(ValueRef::Real(4.0)), cell(ValueRef::Integer(4)));
-        assert_ne!(cell(ValueRef::Integer(10_000_001)), cell(ValueRef::Integer(10_000_002)));
-        let many =
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n";
-        assert!(cells(many, &zoo).is_err());
-    }
 }

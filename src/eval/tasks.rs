@@ -35,16 +35,24 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// 1 for a right continuation, 0 for a wrong one.
+    /// 1 for a right continuation, 0 for a wrong one, and for one that cannot be told.
     pub fn score(&self, text: &str) -> f64 {
+        self.try_score(text).unwrap_or(0.0)
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// A query cannot be run, whatever it is: the program that runs it cannot be started.
+    pub fn try_score(&self, text: &str) -> Result<f64> {
         let right = match self {
             Answer::Exact(answer) => {
                 text.trim().lines().next().unwrap_or("").trim() == answer.trim()
             }
             #[cfg(feature = "spider")]
-            Answer::Sql(query) => query.is_answered_by(text),
+            Answer::Sql(query) => query.is_answered_by(text)?,
         };
-        f64::from(u8::from(right))
+        Ok(f64::from(u8::from(right)))
     }
 }
 
@@ -165,7 +173,7 @@ impl TaskSet {
     /// It stands nowhere.
     pub fn frame(&mut self, template: &str) -> Result<()> {
         if !template.contains("{prompt}") {
-            return Err(Error::invalid("--template needs {prompt} where the prompt goes"));
+            return Err(Error::invalid("a frame needs {prompt} where the prompt goes"));
         }
         for task in &mut self.tasks {
             task.prompt = template.replace("{prompt}", &task.prompt);

@@ -1,4 +1,4 @@
-//! GGUF files: opened by memory map, checked, and handed out as borrowed views.
+//! GGUF files: opened by memory map (or read into memory), checked, and handed out as borrowed views.
 //!
 //! A GGUF file is untrusted. [`Gguf::open`] walks its header once, with every count, length, type
 //! and offset checked against the file's size before it is used, and remembers only *where* things
@@ -31,6 +31,10 @@ use crate::quant::BlockType;
 pub use value::{Array, Value, ValueType};
 pub use write::{OwnedValue, Writer};
 
+/// The most tokens of a vocabulary: twice the largest that are in use. What is built for each
+/// takes many times its length in the file.
+pub(crate) const MAX_TOKENS: usize = 1 << 19;
+
 /// An open GGUF file, or several that hold one model.
 #[derive(Debug)]
 pub struct Gguf {
@@ -41,6 +45,10 @@ pub struct Gguf {
     data_offset: u64,
     metadata: Vec<reader::Entry>,
     tensors: Vec<TensorInfo>,
+    /// Numbers of metadata entries, by key: files are asked for keys more often than they have some.
+    keys: Vec<u32>,
+    /// Numbers of tensors, by name.
+    names: Vec<u32>,
 }
 
 /// One file.
@@ -68,6 +76,20 @@ impl Bytes {
     }
 }
 
+/// Checks that there is something to read at a path, before it is opened: opening a FIFO would wait
+/// for a writer.
+fn check_file(path: &Path, wanted: &str) -> Result<()> {
+    let name = path.display().to_string();
+    let meta = fs::metadata(path).map_err(|source| Error::io(&name, source))?;
+    let found = match () {
+        () if meta.is_dir() => "a directory",
+        () if !meta.is_file() => "not a regular file",
+        () if meta.len() == 0 => "empty",
+        () => return Ok(()),
+    };
+    Err(Error::format(name, format!("is {found}; {wanted} is needed")))
+}
+
 /// A file's bytes by memory map: pages are read when they are looked at.
 #[derive(Debug)]
 pub(crate) struct Mapping(memmap2::Mmap);
@@ -75,24 +97,14 @@ pub(crate) struct Mapping(memmap2::Mmap);
 impl Mapping {
     /// Maps a file, read-only. `wanted` says what kind of file it should be, for messages.
     pub(crate) fn open(path: &Path, wanted: &str) -> Result<Self> {
-        let name = path.display().to_string();
-        let io = |source| Error::io(name.clone(), source);
-        // Asked first: opening a FIFO would wait for a writer.
-        let meta = fs::metadata(path).map_err(io)?;
-        let found = match () {
-            () if meta.is_dir() => "a directory",
-            () if !meta.is_file() => "not a regular file",
-            () if meta.len() == 0 => "empty",
-            () => {
-                let file = fs::File::open(path).map_err(io)?;
-                // SAFETY: the map is read-only. Another process that writes to or truncates the
-                // file while it is in use can change weights or raise SIGBUS, as for every program
-                // that maps its input; nothing read through the map is relied on for memory
-                // safety after its bounds were checked against the map's own length.
-                return unsafe { memmap2::Mmap::map(&file) }.map(Mapping).map_err(io);
-            }
-        };
-        Err(Error::format(name, format!("is {found}; {wanted} is needed")))
+        check_file(path, wanted)?;
+        let io = |source| Error::io(path.display().to_string(), source);
+        let file = fs::File::open(path).map_err(io)?;
+        // SAFETY: the map is read-only. Another process that writes to or truncates the file while
+        // it is in use can change weights or raise SIGBUS, as for every program that maps its
+        // input ([`Gguf::read`] does not); nothing read through the map is relied on for memory
+        // safety after its bounds were checked against the map's own length.
+        unsafe { memmap2::Mmap::map(&file) }.map(Mapping).map_err(io)
     }
 
     /// All of them.
@@ -177,18 +189,33 @@ impl Gguf {
     /// The file cannot be read, is not GGUF, or its header does not hold together; another part of
     /// the model is missing or does not belong to it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let first = Self::open_one(path)?;
-        match split::Place::of(&first)? {
-            None => Ok(first),
-            Some(place) => split::join(first, &place, path),
-        }
+        Self::open_as(path.as_ref(), &|path| {
+            let map = Mapping::open(path, "a GGUF file")?;
+            Self::parse(path.display().to_string(), Bytes::Map(map))
+        })
     }
 
-    /// Opens one file.
-    fn open_one(path: &Path) -> Result<Self> {
-        let map = Mapping::open(path, "a GGUF file")?;
-        Self::parse(path.display().to_string(), Bytes::Map(map))
+    /// The same, but reads the file into memory instead of mapping it. A mapped file that another
+    /// process cuts short ends this one (SIGBUS); one that was read does not matter any more. It
+    /// takes the size of the file in memory, beside what a backend makes of the weights.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_as(path.as_ref(), &|path| {
+            check_file(path, "a GGUF file")?;
+            let name = path.display().to_string();
+            let bytes = fs::read(path).map_err(|e| Error::io(&name, e))?;
+            Self::parse(name, Bytes::Owned(bytes))
+        })
+    }
+
+    fn open_as(path: &Path, open_one: &dyn Fn(&Path) -> Result<Self>) -> Result<Self> {
+        let first = open_one(path)?;
+        match split::Place::of(&first)? {
+            None => Ok(first),
+            Some(place) => split::join(first, &place, path, open_one),
+        }
     }
 
     /// Reads a file that is part of the program.
@@ -220,14 +247,27 @@ impl Gguf {
 
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
         let header = reader::read_header(&name, bytes.as_slice())?;
-        Ok(Gguf {
+        let mut keys: Vec<u32> = (0..header.metadata.len() as u32).collect();
+        keys.sort_unstable_by_key(|&i| header.metadata[i as usize].key(bytes.as_slice()));
+        let mut file = Gguf {
             parts: vec![Part { name, bytes }],
             version: header.version,
             alignment: header.alignment,
             data_offset: header.data_offset,
             metadata: header.metadata,
             tensors: header.tensors,
-        })
+            keys,
+            names: Vec::new(),
+        };
+        file.sort_names();
+        Ok(file)
+    }
+
+    /// Puts the tensors' names in order; to be called when there are other tensors.
+    fn sort_names(&mut self) {
+        let mut names: Vec<u32> = (0..self.tensors.len() as u32).collect();
+        names.sort_by_key(|&i| self.tensor_name(&self.tensors[i as usize]));
+        self.names = names;
     }
 
     /// The first file's bytes, which hold the metadata.
@@ -274,7 +314,9 @@ impl Gguf {
     /// The value of `key`, if the file has it.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
         let bytes = self.bytes();
-        self.metadata.iter().find(|e| e.key(bytes) == key).map(|e| e.value(bytes))
+        let entry = |i: &u32| &self.metadata[*i as usize];
+        let found = self.keys.binary_search_by(|i| entry(i).key(bytes).cmp(key)).ok()?;
+        Some(entry(&self.keys[found]).value(bytes))
     }
 
     fn typed<'a, T>(
@@ -356,7 +398,9 @@ impl Gguf {
 
     /// The number of the tensor called `name`.
     fn index(&self, name: &str) -> Option<usize> {
-        self.tensors.iter().position(|t| self.tensor_name(t) == name)
+        let name_of = |i: &u32| self.tensor_name(&self.tensors[*i as usize]);
+        let found = self.names.binary_search_by(|i| name_of(i).cmp(name)).ok()?;
+        Some(self.names[found] as usize)
     }
 
     fn tensor_name(&self, info: &TensorInfo) -> &str {
@@ -431,14 +475,26 @@ impl Gguf {
 pub struct SharedTensor {
     file: Arc<Gguf>,
     index: usize,
-    /// Some rows of it; none for all.
-    rows: Option<Range<usize>>,
+    extent: Extent,
+}
+
+/// Which part of a tensor is meant.
+#[derive(Debug, Clone)]
+enum Extent {
+    Whole,
+    Rows(Range<usize>),
+    /// Elements of a vector of floats.
+    Elements(Range<usize>),
 }
 
 impl SharedTensor {
     /// The tensor called `name`, if `file` has it.
     pub fn find(file: &Arc<Gguf>, name: &str) -> Option<Self> {
-        file.index(name).map(|index| SharedTensor { file: file.clone(), index, rows: None })
+        file.index(name).map(|index| SharedTensor {
+            file: file.clone(),
+            index,
+            extent: Extent::Whole,
+        })
     }
 
     /// Some rows of it, counted from its first: such as the keys of a matrix that makes queries, keys and values.
@@ -451,20 +507,45 @@ impl SharedTensor {
             let what = format!("tensor `{}` has {} rows, not rows {rows:?}", view.name, view.rows);
             return Err(Error::format(view.file, what));
         }
-        let first = self.rows.as_ref().map_or(0, |rows| rows.start);
-        let rows = Some(first + rows.start..first + rows.end);
-        Ok(SharedTensor { file: self.file.clone(), index: self.index, rows })
+        let first = if let Extent::Rows(rows) = &self.extent { rows.start } else { 0 };
+        let extent = Extent::Rows(first + rows.start..first + rows.end);
+        Ok(SharedTensor { file: self.file.clone(), index: self.index, extent })
+    }
+
+    /// Some numbers of a vector of floats, such as the biases of keys.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it has fewer; [`Error::Unsupported`] if it is quantized.
+    pub fn elements(&self, elements: Range<usize>) -> Result<Self> {
+        let view = self.view();
+        if view.block_type.block_len() != 1 {
+            let what =
+                format!("tensor `{}` has the type {}, not floats", view.name, view.block_type);
+            return Err(Error::unsupported(view.file, what));
+        }
+        if view.rows != 1 || elements.start > elements.end || elements.end > view.cols {
+            let what = format!("tensor `{}` has no numbers {elements:?}", view.name);
+            return Err(Error::format(view.file, what));
+        }
+        let first = if let Extent::Elements(all) = &self.extent { all.start } else { 0 };
+        let extent = Extent::Elements(first + elements.start..first + elements.end);
+        Ok(SharedTensor { file: self.file.clone(), index: self.index, extent })
     }
 
     /// The tensor.
     pub fn view(&self) -> Tensor<'_> {
         let whole = self.file.view(&self.file.tensors[self.index]);
-        match &self.rows {
-            None => whole,
-            Some(rows) => {
+        match &self.extent {
+            Extent::Whole => whole,
+            Extent::Rows(rows) => {
                 let n = whole.row_bytes();
                 let bytes = &whole.bytes[rows.start * n..rows.end * n];
                 Tensor { rows: rows.len(), bytes, ..whole }
+            }
+            Extent::Elements(elements) => {
+                let n = whole.block_type.block_bytes();
+                let bytes = &whole.bytes[elements.start * n..elements.end * n];
+                Tensor { cols: elements.len(), bytes, ..whole }
             }
         }
     }

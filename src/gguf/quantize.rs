@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::store::{self, Order, Part, QUANTIZATION_VERSION, Source};
+use super::store::{self, Order, QUANTIZATION_VERSION, Source};
 use super::{Gguf, OwnedValue, Writer};
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::quant::{Chosen, ModelFacts, Recipe};
 
 pub use super::store::{Progress, Stored};
@@ -35,12 +36,12 @@ pub fn quantize(
     progress: Progress<'_>,
 ) -> Result<Vec<Stored>> {
     let mut stored = plan(file, options)?;
-    let part = Part::beside(out, file.files().map(Path::new))?;
+    let out = OutputFile::create(out, file.files().map(Path::new))?;
     let writer = header(file, options.recipe, &stored);
     let sources: Vec<_> =
         file.tensors().map(|tensor| Source { tensor, order: Order::Same }).collect();
     let release = |bytes: &[u8]| file.release_bytes(bytes);
-    store::write(part, &writer, &mut stored, &sources, &release, progress)?;
+    store::write(out, &writer, &mut stored, &sources, &release, progress)?;
     Ok(stored)
 }
 
@@ -60,12 +61,11 @@ fn plan(file: &Gguf, options: &Options) -> Result<Vec<Stored>> {
             return Err(Error::unsupported(file.name(), what));
         }
         if now != was && !was.is_float() && !options.requantize {
-            return Err(Error::invalid(format!(
-                "{}: tensor `{}` is {was}, quantized already; begin with an F16 or F32 file, or say \
-                 --requantize to add one rounding to the other",
-                file.name(),
-                tensor.name
-            )));
+            return Err(Error::Quantized {
+                file: file.name().to_owned(),
+                tensor: tensor.name.to_owned(),
+                found: was.to_string(),
+            });
         }
         let elements = (tensor.rows * tensor.cols) as u64;
         stored.push(Stored::new(tensor.name, elements, was, chosen));
@@ -104,4 +104,42 @@ fn header(file: &Gguf, recipe: Recipe, stored: &[Stored]) -> Writer {
         writer.plan(&entry.name, dims, entry.now);
     }
     writer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::faults;
+    use crate::quant::BlockType;
+
+    #[test]
+    fn a_model_survives_every_failure() {
+        let mut writer = Writer::new();
+        writer.set("general.architecture", "llama");
+        for i in 0..3 {
+            // Larger than what is held back, so that the system is asked for each.
+            let name = format!("blk.{i}.ffn_up.weight");
+            writer.tensor(&name, &[1024, 600], BlockType::F32, vec![0; 4 * 1024 * 600]);
+        }
+        let file = Gguf::from_vec("in.gguf", writer.to_vec()).unwrap();
+        let options = Options { recipe: "F16".parse().unwrap(), requantize: false };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.gguf");
+        std::fs::write(&path, "precious").unwrap();
+        let requests = faults::at_every_request(
+            || quantize(&file, &path, &options, &mut |_, _, _| true),
+            |n| {
+                assert_eq!(std::fs::read(&path).unwrap(), b"precious", "failure {n}");
+                assert_eq!(folder.path().read_dir().unwrap().count(), 1, "failure {n}");
+            },
+        );
+        assert!(requests >= 6, "{requests}");
+        assert_eq!(Gguf::open(&path).unwrap().tensors().len(), 3);
+        // Stopped in the middle.
+        std::fs::write(&path, "precious").unwrap();
+        let stopped = quantize(&file, &path, &options, &mut |_, done, _| done == 0);
+        assert!(matches!(stopped, Err(Error::Cancelled)));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 1);
+    }
 }

@@ -245,7 +245,37 @@ pub(super) fn read_header(file: &str, bytes: &[u8]) -> Result<Header> {
         info.data = (data_offset + offset) as usize..(data_offset + end) as usize;
         checked.push(info);
     }
+    check_overlaps(file, bytes, data_offset as usize, &checked)?;
     Ok(Header { version, alignment, data_offset, metadata, tensors: checked })
+}
+
+/// Refuses tensors that share bytes. No writer makes such files, and what is held for each tensor
+/// would no longer be bounded by the file's size.
+fn check_overlaps(
+    file: &str,
+    bytes: &[u8],
+    data_offset: usize,
+    tensors: &[TensorInfo],
+) -> Result<()> {
+    let mut in_order: Vec<&TensorInfo> = tensors.iter().collect();
+    in_order.sort_unstable_by_key(|info| info.data.start);
+    for pair in in_order.windows(2) {
+        let [a, b] = [pair[0], pair[1]];
+        if a.data.end > b.data.start {
+            let [first, second] =
+                [a, b].map(|info| String::from_utf8_lossy(&bytes[info.name.clone()]));
+            let [from, to] = [a.data.start, a.data.end].map(|at| at - data_offset);
+            return Err(Error::format(
+                file,
+                format!(
+                    "tensors `{first}` and `{second}` overlap: the first takes the bytes {from} to \
+                     {to} of the tensor data, the second begins at {}; it is damaged",
+                    b.data.start - data_offset
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// One tensor info: what it says, its offset, and its size in bytes.

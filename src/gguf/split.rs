@@ -1,10 +1,9 @@
 //! Models in several files: `NAME-00001-of-00003.gguf` and so on, as llama.cpp's `gguf-split` writes
 //! them. The first has the metadata, each some of the tensors.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::Gguf;
+use super::{Gguf, TensorInfo};
 use crate::error::{Error, Result};
 
 /// More parts than this mean a damaged count.
@@ -43,7 +42,12 @@ fn paths(path: &Path, place: &Place) -> Option<Vec<PathBuf>> {
 }
 
 /// Opens the other parts of a model, whose first is open, and joins them to it.
-pub(super) fn join(mut first: Gguf, place: &Place, path: &Path) -> Result<Gguf> {
+pub(super) fn join(
+    mut first: Gguf,
+    place: &Place,
+    path: &Path,
+    open_one: &dyn Fn(&Path) -> Result<Gguf>,
+) -> Result<Gguf> {
     let (number, count) = (place.number + 1, place.count);
     let Some(paths) = paths(path, place) else {
         return Err(Error::format(
@@ -63,7 +67,7 @@ pub(super) fn join(mut first: Gguf, place: &Place, path: &Path) -> Result<Gguf> 
         return Err(Error::format(first.name(), what));
     }
     for (number, path) in (0..).zip(&paths).skip(1) {
-        let part = match Gguf::open_one(path) {
+        let part = match open_one(path) {
             Err(Error::Io { path: missing, source }) => {
                 let what = format!(
                     "its part {missing} cannot be read ({source}); all {count} have to lie in one \
@@ -106,8 +110,12 @@ pub(super) fn join(mut first: Gguf, place: &Place, path: &Path) -> Result<Gguf> 
         );
         return Err(Error::format(first.name(), what));
     }
-    let mut seen = HashSet::new();
-    if let Some(tensor) = first.tensors().find(|tensor| !seen.insert(tensor.name)) {
+    first.sort_names();
+    // (Equal names stay in the order of the parts.)
+    let tensors: Vec<_> = first.names.iter().map(|&i| &first.tensors[i as usize]).collect();
+    let is_twice = |pair: &&[&TensorInfo]| first.tensor_name(pair[0]) == first.tensor_name(pair[1]);
+    if let Some(&[_, again]) = tensors.windows(2).find(is_twice) {
+        let tensor = first.view(again);
         let what = format!(
             "tensor `{}` is in another part of the model, too; one of the two is of another model",
             tensor.name

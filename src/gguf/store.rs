@@ -2,19 +2,17 @@
 //! the conversion of checkpoints share.
 //!
 //! Tensors are read, rounded and written one stretch of rows after the other, so that a model need
-//! not fit into memory. The new file is written beside its place and moved there when it is
-//! whole: what was there before is either untouched or replaced.
+//! not fit into memory. The new file appears when it is whole ([`crate::files`]).
 
 use std::borrow::Cow;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
 use super::{Tensor, Writer};
 use crate::error::{Error, Result};
+use crate::files::OutputFile;
 use crate::quant::{BlockType, Chosen};
 
 /// Weights that are held as `f32` at a time.
@@ -109,7 +107,7 @@ impl<'a> Source<'a> {
 /// What the system says; a weight is no number or does not fit its new type;
 /// [`Error::Cancelled`]. Then there is no new file.
 pub(crate) fn write(
-    part: Part,
+    mut out: OutputFile,
     writer: &Writer,
     stored: &mut [Stored],
     sources: &[Source<'_>],
@@ -119,9 +117,8 @@ pub(crate) fn write(
     let total: u64 = sources.iter().map(|source| source.tensor.bytes.len() as u64).sum();
     let mut done = 0;
     let mut failure = None;
-    let mut target = BufWriter::with_capacity(1 << 20, part.create()?);
     let mut tensors = stored.iter_mut().zip(sources);
-    let written = writer.write_with(&mut target, |_, _, to| {
+    let written = writer.write_with(&mut out, |_, _, to| {
         let (entry, source) =
             tensors.next().ok_or_else(|| io::Error::other("a tensor has no source"))?;
         let result = store(source, entry, to, release, &mut |entry, bytes| {
@@ -139,13 +136,10 @@ pub(crate) fn write(
             }
         })
     });
-    let written =
-        written.and_then(|()| target.into_inner().map_err(io::IntoInnerError::into_error));
-    let written = written.and_then(|file| file.sync_all());
     match (failure, written) {
         (Some(error), _) => Err(error),
-        (None, Err(source)) => Err(part.io(source)),
-        (None, Ok(())) => part.publish(),
+        (None, Err(source)) => Err(out.error(source)),
+        (None, Ok(())) => out.finish(),
     }
 }
 
@@ -217,58 +211,4 @@ fn check(tensor: &Tensor<'_>, now: BlockType, weights: &[f32]) -> Result<()> {
         false => format!("has a weight that is not a finite number ({x})"),
     };
     Err(Error::format(tensor.file, format!("tensor `{}` {what}", tensor.name)))
-}
-
-/// A file that is not whole yet, removed unless it is published.
-pub(crate) struct Part {
-    path: PathBuf,
-    place: PathBuf,
-    published: bool,
-}
-
-impl Part {
-    /// A part of `out`, which must be none of the files that are read.
-    pub(crate) fn beside<'a>(
-        out: &Path,
-        inputs: impl IntoIterator<Item = &'a Path>,
-    ) -> Result<Self> {
-        let same = |a: &Path| match (fs::canonicalize(a), fs::canonicalize(out)) {
-            (Ok(a), Ok(b)) => a == b,
-            _ => false,
-        };
-        if let Some(input) = inputs.into_iter().find(|input| same(input)) {
-            let name = input.display();
-            return Err(Error::invalid(format!("{name} is the input; name another output file")));
-        }
-        let Some(name) = out.file_name().filter(|_| !out.is_dir()) else {
-            let out = out.display();
-            return Err(Error::invalid(format!("{out} is no name for a file to write")));
-        };
-        let mut part = name.to_owned();
-        part.push(format!(".{}.part", std::process::id()));
-        Ok(Part { path: out.with_file_name(part), place: out.to_owned(), published: false })
-    }
-
-    fn io(&self, error: io::Error) -> Error {
-        Error::io(self.place.display().to_string(), error)
-    }
-
-    fn create(&self) -> Result<File> {
-        File::create_new(&self.path).map_err(|e| self.io(e))
-    }
-
-    fn publish(mut self) -> Result<()> {
-        fs::rename(&self.path, &self.place).map_err(|e| self.io(e))?;
-        self.published = true;
-        Ok(())
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        if !self.published {
-            // It may never have been there.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }

@@ -1,5 +1,6 @@
 //! Writing GGUF files (version 3, little-endian).
 
+use std::collections::HashMap;
 use std::io::{self, Write};
 
 use super::value::{Value, ValueType};
@@ -81,6 +82,8 @@ impl From<Value<'_>> for OwnedValue {
 #[derive(Debug, Default)]
 pub struct Writer {
     metadata: Vec<(String, OwnedValue)>,
+    /// Where in it each key is.
+    places: HashMap<String, usize>,
     tensors: Vec<Planned>,
 }
 
@@ -110,9 +113,12 @@ impl Writer {
     /// Adds a metadata entry, or replaces the one with this key.
     pub fn set(&mut self, key: &str, value: impl Into<OwnedValue>) -> &mut Self {
         let value = value.into();
-        match self.metadata.iter_mut().find(|(k, _)| k == key) {
-            Some((_, old)) => *old = value,
-            None => self.metadata.push((key.to_owned(), value)),
+        match self.places.get(key) {
+            Some(&place) => self.metadata[place].1 = value,
+            None => {
+                self.places.insert(key.to_owned(), self.metadata.len());
+                self.metadata.push((key.to_owned(), value));
+            }
         }
         self
     }
@@ -291,5 +297,41 @@ fn put_value(out: &mut Vec<u8>, value: &OwnedValue) {
             xs.iter().for_each(|x| out.extend(x.to_le_bytes()));
         }
         OwnedValue::Encoded(_, bytes) => out.extend(bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::Gguf;
+
+    #[test]
+    fn a_key_that_is_set_again_keeps_its_place() {
+        let mut writer = Writer::new();
+        writer.set("a", 1u32).set("b", 2u32).set("c", 3u32).set("b", "two").set("a", true);
+        let file = Gguf::from_vec("test.gguf", writer.to_vec()).unwrap();
+        let keys: Vec<_> = file.metadata().map(|(key, _)| key.to_owned()).collect();
+        assert_eq!(keys, ["a", "b", "c"]);
+        assert_eq!(file.get_bool("a").unwrap(), Some(true));
+        assert_eq!(file.get_str("b").unwrap(), Some("two"));
+        assert_eq!(file.get_u64("c").unwrap(), Some(3));
+        assert!(file.get("").is_none() && file.get("d").is_none());
+    }
+
+    #[test]
+    fn every_tensor_is_found_by_its_name() {
+        let mut writer = Writer::new();
+        // Not in the order of their names.
+        let names: Vec<String> = (0..1000u32).map(|i| format!("t{}", i * 7919 % 1000)).collect();
+        for (i, name) in (0u32..).zip(&names) {
+            writer.tensor(name, &[1], BlockType::F32, (i as f32).to_le_bytes().to_vec());
+        }
+        let file = Gguf::from_vec("test.gguf", writer.to_vec()).unwrap();
+        for (i, name) in (0u32..).zip(&names) {
+            let tensor = file.tensor(name).unwrap();
+            assert_eq!((tensor.name, tensor.bytes), (name.as_str(), &(i as f32).to_le_bytes()[..]));
+        }
+        assert!(file.tensor("t1000").is_none() && file.tensor("").is_none());
+        assert!(file.tensors().map(|tensor| tensor.name).eq(names.iter().map(String::as_str)));
     }
 }

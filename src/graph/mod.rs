@@ -189,6 +189,13 @@ pub struct Attention {
     pub sinks: Option<WeightId>,
 }
 
+impl Attention {
+    /// Attention to all that a row sees, with scores times `scale`.
+    pub fn scaled(scale: f32) -> Self {
+        Attention { scale, window: None, soft_cap: None, sinks: None }
+    }
+}
+
 /// How a router's logits become the weights of the experts that a row uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Routing {
@@ -198,6 +205,8 @@ pub enum Routing {
     SoftmaxNormalized,
     /// The largest logits are used, softmax over them.
     SoftmaxOfChosen,
+    /// The largest logits are used, each with its sigmoid.
+    Sigmoid,
 }
 
 /// The three matrices of a gated feed-forward part.

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::config::Hyperparameters;
+use super::config::{Hyperparameters, Mixture};
 use super::tensors::Tensors;
 use crate::error::Result;
 use crate::gguf::{Gguf, SharedTensor};
 use crate::graph::{
-    Activation, Attention, BufferId, Builder, Gating, KvShape, Norm, NormKind, Program, RotaryId,
-    RotaryTable, WeightId,
+    Activation, Attention, BufferId, Builder, Expert, Experts, Gating, KvShape, Norm, NormKind,
+    Program, RotaryId, RotaryTable, Routing, WeightId,
 };
 
 /// The embedding, of which the logits may be made too.
@@ -30,6 +30,11 @@ impl<'a> Assembler<'a> {
     /// The file does not say for how many positions the model was trained.
     pub fn new(file: &Arc<Gguf>, keys: Hyperparameters<'a>) -> Result<Self> {
         let context = keys.required("context_length")?;
+        if !keys.flag("attention.causal", true)? {
+            let what =
+                "attends to what comes later (`attention.causal` is false), which is not run";
+            return Err(keys.unsupported(what.to_owned()));
+        }
         Ok(Assembler {
             keys,
             tensors: Tensors::new(file),
@@ -123,20 +128,39 @@ impl<'a> Assembler<'a> {
         self.graph.rms_norm(x, weight, epsilon)
     }
 
-    /// RMSNorm of each head of `head_dim` elements by the vector `name.weight`, which all heads share.
+    /// RMSNorm of each `group` elements of a row by the vector `name.weight`, which all groups share.
     ///
     /// # Errors
-    /// As [`Assembler::vector`]; rows are no whole number of heads.
-    pub fn rms_norm_heads(
+    /// As [`Assembler::vector`]; rows are no whole number of groups.
+    pub fn rms_norm_groups(
         &mut self,
         x: BufferId,
         name: &str,
-        head_dim: usize,
+        group: usize,
         epsilon: f32,
     ) -> Result<BufferId> {
-        let weight = Some(self.vector(&format!("{name}.weight"), head_dim)?);
+        let weight = Some(self.vector(&format!("{name}.weight"), group)?);
         let kind = NormKind::Rms;
-        self.graph.norm(x, Norm { kind, weight, bias: None, epsilon, group: head_dim })
+        self.graph.norm(x, Norm { kind, weight, bias: None, epsilon, group })
+    }
+
+    /// LayerNorm without bias of each `group` elements of a row by `name.weight`: as many numbers as a group has, or
+    /// one for each element of a row.
+    ///
+    /// # Errors
+    /// As [`Assembler::vector`]; rows are no whole number of groups.
+    pub fn layer_norm_groups(
+        &mut self,
+        x: BufferId,
+        name: &str,
+        group: usize,
+        epsilon: f32,
+    ) -> Result<BufferId> {
+        let full = self.full(&format!("{name}.weight"));
+        let groups = self.tensors.rows(&full);
+        let tensor = self.tensors.take(&full, groups, group)?;
+        let (kind, weight) = (NormKind::Layer, Some(self.graph.vector(tensor)));
+        self.graph.norm(x, Norm { kind, weight, bias: None, epsilon, group })
     }
 
     /// LayerNorm of whole rows by the vectors `name.weight` and `name.bias`.
@@ -197,20 +221,132 @@ impl<'a> Assembler<'a> {
         self.graph.attend(qkv[0], layer, attention)
     }
 
-    /// A gated feed-forward part with matrices `ffn_gate`, `ffn_up` and `ffn_down`, added to `out`.
+    /// Products of `x` with parts of one matrix, `name.weight`: the first so many outputs, the next, and so on.
     ///
     /// # Errors
     /// As [`Assembler::matrix`].
-    pub fn gated_ffn(
+    pub fn linear_parts<const N: usize>(
+        &mut self,
+        x: BufferId,
+        name: &str,
+        outputs: [usize; N],
+    ) -> Result<[BufferId; N]> {
+        let (rows, cols) = (outputs.iter().sum(), self.graph.width(x));
+        let tensor = self.tensor(&format!("{name}.weight"), rows, cols)?;
+        let bias = self.tensors.find(&self.full(&format!("{name}.bias")), 1, rows)?;
+        let mut weights = [WeightId(0); N];
+        let mut first = 0;
+        for (weight, rows) in weights.iter_mut().zip(outputs) {
+            let part = first..first + rows;
+            let bias = bias.as_ref().map(|bias| bias.elements(part.clone())).transpose()?;
+            *weight = self.graph.matrix(tensor.slice(part.clone())?, bias)?;
+            first = part.end;
+        }
+        self.graph.linear(x, weights)
+    }
+
+    /// Adds the product of `x` with a matrix, times `scale`, to `out`.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn project_add(
+        &mut self,
+        x: BufferId,
+        name: &str,
+        out: BufferId,
+        scale: f32,
+    ) -> Result<()> {
+        if scale == 1.0 {
+            return self.linear_add(x, name, out);
+        }
+        let width = self.graph.width(out);
+        let [made] = self.linear(x, [(name, width)])?;
+        self.graph.add(out, made, scale)
+    }
+
+    /// Adds learned positions, rows of the tensor called `name`, of which there are `positions`.
+    ///
+    /// # Errors
+    /// As [`Tensors::take`].
+    pub fn add_positions(&mut self, name: &str, positions: usize, x: BufferId) -> Result<()> {
+        let table = self.tensor(name, positions, self.graph.width(x))?;
+        let table = self.graph.table(table);
+        self.graph.limit_positions(positions);
+        self.graph.add_positions(table, x)
+    }
+
+    /// The inside of a gated feed-forward part, by the matrices `ffn_gate` and `ffn_up`.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn gated(
         &mut self,
         x: BufferId,
         ffn_width: usize,
         activation: Activation,
-        out: BufferId,
-    ) -> Result<()> {
+    ) -> Result<BufferId> {
         let [gate, up] = self.linear(x, [("ffn_gate", ffn_width), ("ffn_up", ffn_width)])?;
         self.graph.gate(Gating::Activated(activation), gate, up)?;
-        self.linear_add(gate, "ffn_down", out)
+        Ok(gate)
+    }
+
+    /// A mixture of experts: the router `ffn_gate_inp`, and the matrices `ffn_gate_exps`, `ffn_up_exps` and
+    /// `ffn_down_exps` with one expert behind another, each with a bias if the file has it.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn experts(
+        &mut self,
+        x: BufferId,
+        mixture: Mixture,
+        routing: Routing,
+        gating: Gating,
+    ) -> Result<BufferId> {
+        let Mixture { count, used, ffn_width } = mixture;
+        let width = self.graph.width(x);
+        let [router] = self.linear(x, [("ffn_gate_inp", count)])?;
+        let gates = self.expert_matrices("ffn_gate_exps", count, ffn_width, width)?;
+        let ups = self.expert_matrices("ffn_up_exps", count, ffn_width, width)?;
+        let downs = self.expert_matrices("ffn_down_exps", count, width, ffn_width)?;
+        let matrices = gates.into_iter().zip(ups).zip(downs);
+        let experts = matrices.map(|((gate, up), down)| Expert { gate, up, down }).collect();
+        let experts = Experts { experts, used, routing, gating, scale: 1.0 };
+        self.graph.experts(x, router, experts)
+    }
+
+    /// The matrices of all experts, one behind another in `name.weight`.
+    fn expert_matrices(
+        &mut self,
+        name: &str,
+        count: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<WeightId>> {
+        let tensor = self.tensor(&format!("{name}.weight"), count * rows, cols)?;
+        let biases = self.tensors.find(&self.full(&format!("{name}.bias")), count, rows)?;
+        let matrix = |i: usize| {
+            let bias = biases.as_ref().map(|biases| biases.slice(i..i + 1)).transpose()?;
+            self.graph.matrix(tensor.slice(i * rows..(i + 1) * rows)?, bias)
+        };
+        (0..count).map(matrix).collect()
+    }
+
+    /// An expert that all rows use, weighed by the sigmoid of `ffn_gate_inp_shexp` (Qwen2).
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn shared_expert(&mut self, x: BufferId, gating: Gating) -> Result<BufferId> {
+        let width = self.graph.width(x);
+        let ffn_width = self.tensors.rows(&self.full("ffn_gate_shexp.weight"));
+        let [router] = self.linear(x, [("ffn_gate_inp_shexp", 1)])?;
+        let expert = Expert {
+            gate: self.matrix("ffn_gate_shexp", ffn_width, width)?,
+            up: self.matrix("ffn_up_shexp", ffn_width, width)?,
+            down: self.matrix("ffn_down_shexp", width, ffn_width)?,
+        };
+        let routing = Routing::Sigmoid;
+        let experts = Experts { experts: vec![expert], used: 1, routing, gating, scale: 1.0 };
+        self.graph.experts(x, router, experts)
     }
 
     /// The rows of `x` whose logits are wanted.

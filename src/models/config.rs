@@ -2,8 +2,8 @@
 
 use super::rotary::Rotary;
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
-use crate::graph::RotaryPairs;
+use crate::gguf::{Array, Gguf, Value};
+use crate::graph::{KvShape, RotaryPairs};
 
 /// Larger values than this in any dimension mean damaged metadata. Tensors are checked against
 /// these figures, and tensors fit the file, so memory stays in proportion to it.
@@ -26,6 +26,13 @@ impl<'a> Hyperparameters<'a> {
         let architecture = file
             .get_str("general.architecture")?
             .ok_or_else(|| file.missing("general.architecture"))?;
+        if super::RECURRENT.contains(&architecture) {
+            let what = format!(
+                "has the architecture `{architecture}`, whose state cannot be rolled back to a node of a tree of \
+                 candidates yet; transformers are run"
+            );
+            return Err(Error::unsupported(file.name(), what));
+        }
         if !super::architectures().any(|name| name == architecture) {
             let known: Vec<_> = super::architectures().map(|name| format!("`{name}`")).collect();
             let known = known.join(", ");
@@ -40,21 +47,43 @@ impl<'a> Hyperparameters<'a> {
         self.architecture
     }
 
+    /// Whether there is such a key.
+    pub fn has(&self, name: &str) -> bool {
+        self.file.get(&self.key(name)).is_some()
+    }
+
     fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture)
     }
 
-    /// A size, 1 or more.
+    /// A size, 1 or more; of an array the number that all its entries are.
     ///
     /// # Errors
-    /// [`Error::Format`] for 0, an absurd size, or something else.
+    /// [`Error::Format`] for 0, an absurd size, or something else; [`Error::Unsupported`] for an array with
+    /// several.
     pub fn optional(&self, name: &str) -> Result<Option<usize>> {
         let key = self.key(name);
-        match self.file.get_u64(&key)? {
+        let number = match self.file.get(&key) {
+            Some(Value::Array(array)) => self.common(&key, &array)?,
+            _ => self.file.get_u64(&key)?,
+        };
+        match number {
             Some(n) if n == 0 || n > MAX_DIM => Err(self
                 .wrong(format!("metadata `{key}` is {n}; a number from 1 to {MAX_DIM} is needed"))),
             n => Ok(n.map(|n| n as usize)),
         }
+    }
+
+    /// The number that all entries of an array are.
+    fn common(&self, key: &str, array: &Array<'_>) -> Result<Option<u64>> {
+        let mut entries = array.iter().map(|entry| entry.as_u64());
+        let first = entries.next().flatten();
+        if first.is_none() || entries.any(|entry| entry != first) {
+            return Err(self.unsupported(format!(
+                "has different numbers in `{key}` for its layers, which is not run; one for all is"
+            )));
+        }
+        Ok(first)
     }
 
     /// A size that must be there.
@@ -77,6 +106,18 @@ impl<'a> Hyperparameters<'a> {
             Some(x) => {
                 Err(self.wrong(format!("metadata `{key}` is {x}; a positive number is needed")))
             }
+        }
+    }
+
+    /// A positive number, if there is one; 0 counts as none.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for another.
+    pub fn optional_positive(&self, name: &str) -> Result<Option<f32>> {
+        match self.file.get_f32(&self.key(name))? {
+            None => Ok(None),
+            Some(0.0) => Ok(None),
+            Some(_) => self.positive(name, 1.0).map(Some),
         }
     }
 
@@ -121,7 +162,7 @@ impl<'a> Hyperparameters<'a> {
     }
 }
 
-/// What a decoder-only transformer of the Llama family is made of.
+/// What a decoder-only transformer with rotary attention is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Layers.
@@ -140,23 +181,32 @@ pub struct Config {
     pub rotary: Rotary,
     /// How many positions a row attends to at most, its own included, if not to all (Mistral).
     pub window: Option<usize>,
-    /// Epsilon of RMSNorm.
+    /// Epsilon of the norms.
     pub epsilon: f32,
     /// Positions that the model was trained for.
     pub context: usize,
+    /// The experts of its feed-forward parts, if it has some.
+    pub experts: Option<Mixture>,
+}
+
+/// The sizes of a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mixture {
+    /// Experts.
+    pub count: usize,
+    /// How many of them a row uses.
+    pub used: usize,
+    /// Width inside each.
+    pub ffn_width: usize,
 }
 
 impl Config {
-    /// Reads the hyperparameters of a file of the Llama family.
+    /// Reads the hyperparameters of a file, whose rotations take these elements of a head together.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a variation that is not implemented; [`Error::Format`] for
     /// missing or impossible values.
-    pub fn read(keys: &Hyperparameters<'_>) -> Result<Self> {
-        if keys.count("expert_count")?.is_some() {
-            let what = "is a mixture of experts, which is not run; dense models are";
-            return Err(keys.unsupported(what.to_owned()));
-        }
+    pub fn read(keys: &Hyperparameters<'_>, pairs: RotaryPairs) -> Result<Self> {
         let (width, heads) =
             (keys.required("embedding_length")?, keys.required("attention.head_count")?);
         let kv_heads = keys.optional("attention.head_count_kv")?.unwrap_or(heads);
@@ -176,18 +226,17 @@ impl Config {
             )));
         }
         let context = keys.required("context_length")?;
-        let pairs = match keys.architecture() {
-            "llama" => RotaryPairs::Interleaved,
-            _ => RotaryPairs::Halves,
-        };
-        let epsilon = "attention.layer_norm_rms_epsilon";
-        if keys.file.get(&keys.key(epsilon)).is_none() {
+        let ffn_width = keys.required("feed_forward_length")?;
+        let [layer_norm, rms_norm] =
+            ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"];
+        let epsilon = if keys.has(layer_norm) { layer_norm } else { rms_norm };
+        if !keys.has(epsilon) {
             return Err(keys.missing(epsilon));
         }
         Ok(Config {
             layers: keys.required("block_count")?,
             width,
-            ffn_width: keys.required("feed_forward_length")?,
+            ffn_width,
             heads,
             kv_heads,
             head_dim,
@@ -195,7 +244,27 @@ impl Config {
             window: keys.count("attention.sliding_window")?,
             epsilon: keys.positive(epsilon, 1e-5)?,
             context,
+            experts: Mixture::read(keys, ffn_width)?,
         })
+    }
+
+    /// What each layer keeps of a row.
+    pub fn kv(&self) -> KvShape {
+        KvShape { heads: self.kv_heads, head_dim: self.head_dim }
+    }
+}
+
+impl Mixture {
+    fn read(keys: &Hyperparameters<'_>, ffn_width: usize) -> Result<Option<Self>> {
+        if keys.count("expert_count")?.is_none() {
+            return Ok(None);
+        }
+        let (count, used) = (keys.required("expert_count")?, keys.required("expert_used_count")?);
+        if used > count {
+            return Err(keys.wrong(format!("uses {used} of {count} experts")));
+        }
+        let ffn_width = keys.optional("expert_feed_forward_length")?.unwrap_or(ffn_width);
+        Ok(Some(Mixture { count, used, ffn_width }))
     }
 }
 

@@ -5,10 +5,25 @@
 //! hardware.
 
 mod assembler;
+mod cohere2;
 pub mod config;
+mod decoder;
+mod gemma;
+mod glm4;
+mod gpt2;
+mod gptneox;
+mod gptoss;
+mod granite;
 mod llama;
+mod olmo2;
 mod opt;
+mod phi3;
+mod qwen2;
+mod qwen3;
 mod rotary;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
 mod tensors;
 
 use std::sync::Arc;
@@ -18,13 +33,57 @@ use crate::gguf::Gguf;
 use crate::graph::{BufferId, Program};
 pub use assembler::Assembler;
 use config::Hyperparameters;
+use decoder::Decoder;
 
 /// Writes a family's forward pass down; returns the buffer of the logits.
 type Family = fn(&mut Assembler<'_>) -> Result<BufferId>;
 
 /// The architectures that are run, by their names in `general.architecture`.
-const FAMILIES: &[(&str, Family)] =
-    &[("llama", llama::assemble), ("qwen2", llama::assemble), ("opt", opt::assemble)];
+const FAMILIES: &[(&str, Family)] = &[
+    ("llama", llama::assemble),
+    ("qwen2", qwen2::assemble),
+    ("qwen2moe", qwen2::assemble),
+    ("qwen3", qwen3::assemble),
+    ("qwen3moe", qwen3::assemble),
+    ("gemma", gemma::assemble),
+    ("gemma2", gemma::assemble_second),
+    ("gemma3", gemma::assemble_third),
+    ("phi3", phi3::assemble),
+    ("smollm3", smollm3::assemble),
+    ("granite", granite::assemble),
+    ("granitemoe", granite::assemble),
+    ("olmo2", olmo2::assemble),
+    ("stablelm", stablelm::assemble),
+    ("gpt2", gpt2::assemble),
+    ("gptneox", gptneox::assemble),
+    ("starcoder2", starcoder2::assemble),
+    ("cohere2", cohere2::assemble),
+    ("glm4", glm4::assemble),
+    ("gpt-oss", gptoss::assemble),
+    ("opt", opt::assemble),
+];
+
+/// Architectures whose layers carry a state from row to row. It cannot be rolled back to a node of a tree yet, so they
+/// are refused with that reason.
+pub(crate) const RECURRENT: &[&str] = &[
+    "mamba",
+    "mamba2",
+    "falcon-h1",
+    "jamba",
+    "rwkv6",
+    "rwkv6qwen2",
+    "rwkv7",
+    "arwkv7",
+    "plamo2",
+    "granitehybrid",
+    "lfm2",
+    "lfm2moe",
+    "nemotron_h",
+    "qwen3next",
+    "qwen35",
+    "qwen35moe",
+    "kimi-linear",
+];
 
 /// The names of the architectures that are run.
 pub fn architectures() -> impl Iterator<Item = &'static str> {

@@ -26,16 +26,12 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     let positions = keys.required("context_length")?;
 
     let kv = KvShape { heads, head_dim };
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    let attention = Attention { scale, window: None, soft_cap: None, sinks: None };
+    let attention = Attention::scaled(1.0 / (head_dim as f32).sqrt());
     let mut x = m.embed(word_width, 1.0)?;
     if word_width != width {
         [x] = m.linear(x, [("token_embd_proj", width)])?;
     }
-    let table = m.tensor("position_embd.weight", positions, width)?;
-    let table = m.graph().table(table);
-    m.graph().add_positions(table, x)?;
-    m.graph().limit_positions(positions);
+    m.add_positions("position_embd.weight", positions, x)?;
     for i in 0..layers {
         let layer = m.begin_layer(i, kv);
         let normed = if before { m.layer_norm(x, "attn_norm", epsilon)? } else { x };

@@ -25,6 +25,11 @@ pub struct Rotary {
 pub enum Scaling {
     /// All positions are divided by this; 1 for not at all.
     Linear(f64),
+    /// Each pair has a factor of its own in the file (LongRoPE; Ding et al. 2024, arXiv 2402.13753).
+    PerPair {
+        /// Multiplies queries and keys.
+        attention: f64,
+    },
     /// Slow pairs are stretched and fast ones are not (YaRN; Peng et al. 2023, arXiv 2309.00071).
     Yarn(Yarn),
 }
@@ -44,6 +49,8 @@ pub struct Yarn {
     pub extrapolation: f64,
     /// Multiplies queries and keys beside YaRN's own factor.
     pub attention: f64,
+    /// Whether the ramp between fast and slow pairs begins and ends at whole pairs.
+    pub truncated: bool,
 }
 
 impl Rotary {
@@ -64,9 +71,18 @@ impl Rotary {
         let number =
             |name: &str, default: f32| Ok::<_, Error>(f64::from(keys.positive(name, default)?));
         let scaling = match keys.text("rope.scaling.type")? {
-            None => Scaling::Linear(number("rope.scale_linear", 1.0)?),
             Some("none") => Scaling::Linear(1.0),
-            Some("linear") => Scaling::Linear(number("rope.scaling.factor", 1.0)?),
+            // (Without a word, and by an older key, factors are meant so as well; 0 is none.)
+            None | Some("linear") => {
+                let factor = match keys.optional_positive("rope.scaling.factor")? {
+                    Some(factor) => Some(factor),
+                    None => keys.optional_positive("rope.scale_linear")?,
+                };
+                Scaling::Linear(factor.map_or(1.0, f64::from))
+            }
+            Some("longrope") => {
+                Scaling::PerPair { attention: number("rope.scaling.attn_factor", 1.0)? }
+            }
             Some("yarn") => Scaling::Yarn(Yarn {
                 factor: number("rope.scaling.factor", 1.0)?,
                 original_context: keys
@@ -77,14 +93,31 @@ impl Rotary {
                 extrapolation: number("rope.scaling.yarn_ext_factor", 1.0)?,
                 attention: number("rope.scaling.attn_factor", 1.0)?
                     * number("rope.scaling.yarn_attn_factor", 1.0)?,
+                truncated: true,
             }),
             Some(other) => {
                 return Err(keys.unsupported(format!(
-                    "scales rotary positions by `{other}`; `none`, `linear`, `yarn` and Llama-3's factors are run"
+                    "scales rotary positions by `{other}`; `none`, `linear`, `yarn`, `longrope` and Llama-3's factors are run"
                 )));
             }
         };
         Ok(Rotary { pairs, dims, base: keys.positive("rope.freq_base", 10_000.0)?, scaling })
+    }
+
+    /// The same without any stretching.
+    pub fn unscaled(&self) -> Self {
+        Rotary { scaling: Scaling::Linear(1.0), ..self.clone() }
+    }
+
+    /// The same with YaRN's ramp between any two points, not whole pairs.
+    pub fn untruncated(&self) -> Self {
+        match self.scaling {
+            Scaling::Yarn(yarn) => {
+                let scaling = Scaling::Yarn(Yarn { truncated: false, ..yarn });
+                Rotary { scaling, ..self.clone() }
+            }
+            _ => self.clone(),
+        }
     }
 
     /// The rotations themselves; `factors` divide the frequencies of pairs, one for each (Llama 3).
@@ -104,6 +137,7 @@ impl Rotary {
             let plain = base.powf(-2.0 * i as f64 / dims);
             let stretched = match self.scaling {
                 Scaling::Linear(factor) => plain / factor,
+                Scaling::PerPair { .. } => plain,
                 Scaling::Yarn(yarn) => {
                     // (Equation 13, with the bounds of the ramp in pairs rather than in turns.)
                     let kept = yarn.kept(i, dims, base) * yarn.extrapolation;
@@ -120,6 +154,7 @@ impl Rotary {
     pub fn magnitude(&self) -> f64 {
         match self.scaling {
             Scaling::Linear(_) => 1.0,
+            Scaling::PerPair { attention } => attention,
             Scaling::Yarn(yarn) => yarn.attention * (1.0 + 0.1 * yarn.factor.max(1.0).ln()),
         }
     }
@@ -133,8 +168,9 @@ impl Yarn {
         let pair = |turns: f64| {
             dims * (self.original_context as f64 / (turns * 2.0 * PI)).ln() / (2.0 * base.ln())
         };
-        let low = pair(self.beta_fast).floor().max(0.0);
-        let high = pair(self.beta_slow).ceil().min(dims - 1.0);
+        let (low, high) = (pair(self.beta_fast), pair(self.beta_slow));
+        let (low, high) = if self.truncated { (low.floor(), high.ceil()) } else { (low, high) };
+        let (low, high) = (low.max(0.0), high.min(dims - 1.0));
         let ramp = (i as f64 - low) / (high - low).max(0.001);
         1.0 - ramp.clamp(0.0, 1.0)
     }
@@ -152,6 +188,7 @@ mod tests {
             beta_slow: 1.0,
             extrapolation: 1.0,
             attention: 1.0,
+            truncated: true,
         });
         Rotary { pairs: RotaryPairs::Halves, dims: 64, base: 10_000.0, scaling }
     }

@@ -1,7 +1,7 @@
 //! The probabilities of one row.
 
 use super::{Path, Rng, Warp};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TARGET};
 use crate::lm::{Output, Token, largest, largest_first};
 
 /// Weights that are summed together before a draw looks at single ones.
@@ -38,7 +38,7 @@ impl Distribution {
     /// true probabilities of those tokens alone.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if no probabilities can be made of the logits (not numbers, infinite).
+    /// [`Error::NotFinite`] if no probabilities can be made of the logits (not numbers, infinite).
     ///
     /// # Panics
     /// If the row returned neither logits nor the largest of them.
@@ -54,6 +54,9 @@ impl Distribution {
             Output::Top { top, log_sum_exp } => {
                 self.candidates.clear();
                 self.candidates.extend_from_slice(top);
+                if log_sum_exp.is_some_and(|sum| !sum.is_finite()) {
+                    return Err(not_finite());
+                }
                 if warp.is_greedy() || warp.top_k > 0 {
                     self.candidates.truncate(if warp.is_greedy() { 1 } else { warp.top_k });
                     self.weigh_candidates(warp);
@@ -69,11 +72,7 @@ impl Distribution {
             }
             other => panic!("a row returned {other:?}, of which there is no distribution"),
         }
-        if self.left > 0.0 && self.left.is_finite() {
-            Ok(())
-        } else {
-            Err(Error::invalid("the model returned logits that are not finite numbers"))
-        }
+        if self.left > 0.0 && self.left.is_finite() { Ok(()) } else { Err(not_finite()) }
     }
 
     fn fill_from_logits(&mut self, logits: &[f32], warp: &Warp, path: Path<'_>) {
@@ -339,6 +338,10 @@ impl Distribution {
             None => (0..).zip(&mut self.weights).for_each(|(t, w)| visit(t, w)),
         }
     }
+}
+
+fn not_finite() -> Error {
+    Error::NotFinite { model: TARGET.to_owned() }
 }
 
 /// A token that was taken out of a distribution.

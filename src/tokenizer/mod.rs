@@ -95,7 +95,7 @@ impl Tokenizer {
             Model::SentencePiece(_) => true,
             Model::ByteLevel(model) => model.is_llama3,
         });
-        let special = SpecialTokens::new(&vocab);
+        let special = SpecialTokens::new(gguf.name(), &vocab)?;
         Ok(Tokenizer { vocab: Arc::new(vocab), rules: Arc::new(Rules { special, model, add_bos }) })
     }
 

@@ -16,10 +16,14 @@ use crate::gguf::Gguf;
 
 /// Published vocabularies have about two merges for a token. Many more mean a file that is made
 /// to fill memory: a merge costs more there than a token costs in the file.
-const MERGES_PER_TOKEN: usize = 8;
+const MERGES_PER_TOKEN: usize = 4;
+
+/// The same in bytes: the texts of all merges together by those of all tokens.
+const MERGED_BYTES_PER_BYTE: usize = 8;
 
 /// Small vocabularies may have more.
-const MERGES_ALLOWED: usize = 1 << 16;
+const MERGES_ALLOWED: usize = 1 << 14;
+const MERGED_BYTES_ALLOWED: usize = 1 << 20;
 
 #[derive(Debug)]
 pub(super) struct SentencePiece {
@@ -110,19 +114,24 @@ fn derive_merges(
     scores: &[f32],
 ) -> Result<Vec<(String, String)>> {
     let allowed = MERGES_ALLOWED.max(ids.len() * MERGES_PER_TOKEN);
+    let all: usize = ids.keys().map(String::len).sum();
+    let allowed_bytes = MERGED_BYTES_ALLOWED.max(all * MERGED_BYTES_PER_BYTE);
+    let mut bytes = 0;
     let mut found: Vec<(u32, &str, usize)> = Vec::new();
     for (text, &id) in ids {
         for (at, _) in text.char_indices().skip(1) {
             if ids.contains_key(&text[..at]) && ids.contains_key(&text[at..]) {
                 found.push((id, text, at));
+                bytes += text.len();
             }
         }
-        if found.len() > allowed {
+        if found.len() > allowed || bytes > allowed_bytes {
             return Err(Error::format(
                 gguf.name(),
                 format!(
-                    "`tokenizer.ggml.tokens`: more than {allowed} ways to join the {} tokens; \
-                     this is no vocabulary of a model",
+                    "`tokenizer.ggml.tokens`: more than {} ways to join the {} tokens; this is no \
+                     vocabulary of a model",
+                    found.len() - 1,
                     ids.len()
                 ),
             ));

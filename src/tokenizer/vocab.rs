@@ -8,11 +8,7 @@ use ahash::AHashMap;
 
 use super::byte_level;
 use crate::error::{Error, Result};
-use crate::gguf::{Gguf, ValueType};
-
-/// The most tokens of a vocabulary: twice the largest that are in use. What is built for each
-/// takes many times its length in the file.
-const MAX_TOKENS: usize = 1 << 19;
+use crate::gguf::{Gguf, MAX_TOKENS, ValueType};
 
 /// Longer tokens mean a damaged file (published vocabularies stay below 300 bytes). The limit
 /// also bounds the work on a token, which grows with the square of its length.

@@ -174,7 +174,17 @@ pub fn read_npy(path: &Path) -> Vec<f64> {
 
 /// Logits of every row, fed in groups of `group`.
 pub fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
-    let mut lm = model.session(&SessionOptions::default()).unwrap();
+    logits_in(&SessionOptions::default(), model, tokens, group)
+}
+
+/// The same in a session with other options.
+pub fn logits_in(
+    options: &SessionOptions,
+    model: &Model,
+    tokens: &[u32],
+    group: usize,
+) -> Vec<f32> {
+    let mut lm = model.session(options).unwrap();
     let mut out = Vec::new();
     for piece in tokens.chunks(group) {
         let mut batch = Batch::new();

@@ -1,6 +1,7 @@
 //! `vocab.json` and `merges.txt`: byte-level BPE in GPT-2's files. And what vocabularies of
 //! byte pairs have in common wherever they stand.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
@@ -161,14 +162,13 @@ pub(super) fn check_merges(
     Ok(results)
 }
 
-/// Whether one of the merges, as GGUF writes them, joins a token to others or makes it.
-pub(super) fn are_about(merges: &[String], token: &str) -> bool {
-    let about = |merge: &String| {
-        merge.split_once(' ').is_some_and(|(left, right)| {
-            left == token || right == token || token.strip_prefix(left) == Some(right)
-        })
-    };
-    merges.iter().any(about)
+/// The tokens that merges, as GGUF writes them, join to others or make.
+pub(super) fn tokens_of(merges: &[String]) -> HashSet<Cow<'_, str>> {
+    let halves = merges.iter().filter_map(|merge| merge.split_once(' '));
+    let tokens = halves.flat_map(|(left, right)| {
+        [Cow::Borrowed(left), Cow::Borrowed(right), Cow::Owned(format!("{left}{right}"))]
+    });
+    tokens.collect()
 }
 
 /// Merges as GGUF writes them.

@@ -9,12 +9,13 @@ mod json;
 mod sentencepiece;
 mod special;
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use super::json::Object;
 use crate::error::{Error, Result};
-use crate::gguf::OwnedValue;
+use crate::gguf::{MAX_TOKENS, OwnedValue};
 
 use special::Special;
 
@@ -147,6 +148,16 @@ pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>
     let Some(mut vocabulary) = vocabulary(folder, model, config.as_ref())? else {
         return Ok(None);
     };
+    // Before a token is made for every row.
+    if model.vocab_size > MAX_TOKENS as u64 {
+        return Err(Error::unsupported(
+            model.config.file(),
+            format!(
+                "`vocab_size` is {}; vocabularies of at most {MAX_TOKENS} tokens are converted",
+                model.vocab_size
+            ),
+        ));
+    }
     let special = Special::read(folder, config, model)?;
     let known = vocabulary.tokens.len();
     if known as u64 > model.vocab_size {
@@ -170,6 +181,11 @@ pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>
         .map(|id| tokens.get(id).is_none_or(|token| token.kind == Kind::Unused))
         .collect();
     tokens.extend((known..model.vocab_size as usize).map(Token::padding));
+    // Made for the first token that asks for it.
+    let merged = LazyCell::new(|| match &vocabulary.family {
+        Family::ByteLevel { merges, .. } => byte_pairs::tokens_of(merges),
+        Family::SentencePiece { .. } => HashSet::new(),
+    });
     for Added { id, text, control } in added.into_values() {
         let Some(token) = usize::try_from(id).ok().and_then(|id| tokens.get_mut(id)) else {
             vocabulary.notes.push(format!(
@@ -180,9 +196,7 @@ pub(super) fn read(folder: &Path, model: &Model<'_>) -> Result<Option<Tokenizer>
         };
         let is_same = token.text == text;
         if !is_same && !is_free[id as usize] {
-            if let Family::ByteLevel { merges, .. } = &vocabulary.family
-                && byte_pairs::are_about(merges, &token.text)
-            {
+            if merged.contains(token.text.as_str()) {
                 let what = format!(
                     "token {id} is {:?}, which merges need, and {text:?} among the tokens that \
                      were added; one of the two is another model's",
@@ -299,4 +313,31 @@ fn vocabulary(
         return Ok(Some(vocabulary));
     }
     byte_pairs::read(folder, model, config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_tokens_are_made_for_more_rows_than_vocabularies_have() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+        let tokenizer = r#"{
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+        }"#;
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
+        let config = Object::read(&folder.path().join("config.json")).unwrap().unwrap();
+        let convert = |vocab_size| {
+            let model =
+                Model { architecture: "llama", vocab_size, config: &config, generation: None };
+            read(folder.path(), &model)
+        };
+        let most = MAX_TOKENS as u64;
+        let error = convert(most + 1).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains("`vocab_size` is 524289; "), "{error}");
+        assert_eq!(convert(most).unwrap().unwrap().tokens, 3);
+    }
 }

@@ -7,6 +7,7 @@ use prost::Message;
 use super::super::json;
 use super::{Begins, Family, Kind, Roles, Token, Vocabulary};
 use crate::error::{Error, Result};
+use crate::gguf::MAX_TOKENS;
 
 /// The parts that matter of SentencePiece's `ModelProto`, by the numbers of its published schema.
 #[derive(Clone, PartialEq, Message)]
@@ -56,10 +57,35 @@ struct Normalizer {
     escape_whitespaces: Option<bool>,
 }
 
+/// The fields of a message that are pieces, as far as it can be read.
+fn count_pieces(mut message: &[u8]) -> usize {
+    let mut pieces = 0;
+    // A key, the number of the field and how it is stored, is a varint as lengths are.
+    while let Ok(key) = prost::decode_length_delimiter(&mut message) {
+        let value = match key & 7 {
+            0 => prost::decode_length_delimiter(&mut message).map(|_| 0),
+            1 => Ok(8),
+            2 => prost::decode_length_delimiter(&mut message),
+            5 => Ok(4),
+            _ => break,
+        };
+        let Some(rest) = value.ok().and_then(|len| message.get(len..)) else { break };
+        message = rest;
+        pieces += usize::from(key >> 3 == 1);
+    }
+    pieces
+}
+
 /// Reads a SentencePiece model; `None` if the file is not there.
 pub(super) fn read(path: &Path) -> Result<Option<Vocabulary>> {
     let file = path.display().to_string();
     let Some(bytes) = json::read(path)? else { return Ok(None) };
+    // A piece takes two bytes in the file at least, and a hundred here.
+    let pieces = count_pieces(&bytes);
+    if pieces > MAX_TOKENS {
+        let what = format!("has {pieces} pieces; at most {MAX_TOKENS} are converted");
+        return Err(Error::unsupported(file, what));
+    }
     let model = Model::decode(&*bytes).map_err(|error| {
         let what = format!(
             "is no SentencePiece model ({error}); take it away if the folder has another tokenizer"
@@ -137,4 +163,34 @@ pub(super) fn read(path: &Path) -> Result<Option<Vocabulary>> {
         begins: Begins::Unsaid,
         notes,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_counted_without_being_read() {
+        let piece = |text: &str| Piece { text: text.to_owned(), score: 1.5, kind: Some(3) };
+        let model = Model {
+            pieces: ["", "a", "▁the", &"x".repeat(300)].map(piece).to_vec(),
+            trainer: Some(Trainer { model_type: Some(2), ..Trainer::default() }),
+            normalizer: Some(Normalizer { name: Some("identity".into()), ..Normalizer::default() }),
+        };
+        let bytes = model.encode_to_vec();
+        assert_eq!(count_pieces(&bytes), 4);
+        assert_eq!(count_pieces(&[]), 0);
+        assert_eq!(count_pieces(&b"\x0a\x00".repeat(1000)), 1000);
+        for cut in 0..bytes.len() {
+            assert!(count_pieces(&bytes[..cut]) <= 4);
+        }
+        // All ways to store a field, before a piece.
+        assert_eq!(count_pieces(b"\x20\xff\x01\x29ABCDEFGH\x35ABCD\x0a\x00"), 1);
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.model");
+        std::fs::write(&path, b"\x0a\x00".repeat(MAX_TOKENS + 1)).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("524289 pieces; at most 524288"), "{error}");
+    }
 }

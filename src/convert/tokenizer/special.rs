@@ -1,6 +1,6 @@
 //! The small files beside a vocabulary: special tokens, their roles, chat templates.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use serde_json::Value;
@@ -49,7 +49,7 @@ impl<'a> Special<'a> {
                     return Err(decoder.wrong(id, "an id with the token's content"));
                 };
                 let is_special = token["special"].as_bool().unwrap_or(false);
-                added.push(Added::new(number, text, is_special || names.iter().any(|n| n == text)));
+                added.push(Added::new(number, text, is_special || names.contains(text)));
             }
         }
         special.added = added;
@@ -61,9 +61,9 @@ impl<'a> Special<'a> {
     }
 
     /// The texts of tokens that steer the model, but for the unknown one.
-    fn names(&self) -> Vec<String> {
+    fn names(&self) -> HashSet<String> {
         let roles = ["bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token"];
-        let mut names: Vec<String> = self
+        let mut names: HashSet<String> = self
             .files()
             .flat_map(|file| roles.iter().filter_map(|role| file.get(role)))
             .chain(self.files().flat_map(|file| {

@@ -3,14 +3,15 @@
 mod html;
 mod svg;
 
-use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value as Json, json};
 
 use super::{Estimate, Summary};
 use crate::decode::Strategy;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::files::OutputFile;
 
 /// What an evaluation found.
 #[derive(Debug, Clone)]
@@ -259,22 +260,20 @@ impl Report {
         html::page(self)
     }
 
-    /// Writes results.json, results.csv and report.html to a folder.
+    /// The names of the files that [`Report::write`] writes.
+    pub const FILES: [&str; 3] = ["results.json", "results.csv", "report.html"];
+
+    /// Writes results.json, results.csv and report.html to a folder. Each is there as a whole, or is
+    /// the one before.
     ///
     /// # Errors
     /// A file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let files = [
-            ("results.json", format!("{}\n", self.json())),
-            ("results.csv", self.csv()),
-            ("report.html", self.html()),
-        ];
-        for (name, text) in files {
-            let path = folder.join(name);
-            // Written beside and moved, so that a report is whole or is the last one.
-            let part = path.with_extension("part");
-            let written = fs::write(&part, text).and_then(|()| fs::rename(&part, &path));
-            written.map_err(|e| Error::io(path.display().to_string(), e))?;
+        let texts = [format!("{}\n", self.json()), self.csv(), self.html()];
+        for (name, text) in Self::FILES.into_iter().zip(texts) {
+            let mut out = OutputFile::create_regular(&folder.join(name))?;
+            out.write_all(text.as_bytes()).map_err(|e| out.error(e))?;
+            out.finish()?;
         }
         Ok(())
     }

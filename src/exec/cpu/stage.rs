@@ -538,9 +538,12 @@ impl Pass<'_> {
             if rows.is_empty() {
                 continue;
             }
-            for buffer in [&mut *rows_of, gates, ups] {
-                // (There is room: it was reserved for all rows of the pass.)
-                buffer.data.resize(rows.len() * buffer.stride, 0.0);
+            let inner = self.stage.matrix(expert.up).panels.rows;
+            for (buffer, width) in
+                [(&mut *rows_of, x.width), (&mut *gates, inner), (&mut *ups, inner)]
+            {
+                // (There is room: it was reserved for all rows of the pass, as wide as the widest.)
+                buffer.shape(width, rows.len());
             }
             for (n, (i, _)) in rows.iter().enumerate() {
                 rows_of.row_mut(n).copy_from_slice(x.row(*i));
@@ -573,7 +576,14 @@ fn route(logits: &[f32], experts: &Experts) -> Vec<(usize, f32)> {
         Routing::SoftmaxNormalized | Routing::SoftmaxOfChosen => {
             order.iter().map(|&i| exp(i)).sum()
         }
+        Routing::Sigmoid => 1.0,
     };
-    let weight = |i: usize| (exp(i) / over) as f32 * experts.scale;
+    let weight = |i: usize| {
+        let weight = match experts.routing {
+            Routing::Sigmoid => 1.0 / (1.0 + (-f64::from(logits[i])).exp()),
+            _ => exp(i) / over,
+        };
+        weight as f32 * experts.scale
+    };
     order.into_iter().map(|i| (i, weight(i))).collect()
 }

@@ -35,6 +35,12 @@ impl Buffer {
         Ok(())
     }
 
+    /// Gives it another width, and so many rows. Allocates nothing where there is room.
+    pub fn shape(&mut self, width: usize, rows: usize) {
+        (self.width, self.stride) = (width, width.next_multiple_of(LANES));
+        self.data.resize(rows * self.stride, 0.0);
+    }
+
     pub fn row(&self, i: usize) -> &[f32] {
         &self.data[i * self.stride..][..self.stride]
     }
@@ -59,8 +65,11 @@ pub(super) struct Workspace {
     pub shapes: Vec<BufferShape>,
     pub buffers: Vec<Buffer>,
     pub quantized: Quantized,
-    /// What the experts of a mixture work on: their rows, gates and what is gated.
+    /// What the experts of a mixture work on: their rows, gates and what is gated. As wide as the widest; mixtures of
+    /// several widths share them.
     pub expert: [Buffer; 3],
+    /// Their widest widths; 0 where there are no experts.
+    expert_widths: [usize; 3],
     /// Elements of the widest row that is multiplied with a matrix.
     widest_input: usize,
 }
@@ -69,7 +78,7 @@ impl Workspace {
     /// Room for nothing yet.
     pub fn new(program: &Program, ops: Range<usize>) -> Self {
         let mut widest_input = 0;
-        let mut expert = [1, 1, 1].map(Buffer::new);
+        let mut expert_widths = [0; 3];
         for op in &program.ops[ops] {
             match op {
                 Op::Linear { x, .. } | Op::LinearAdd { x, .. } => {
@@ -79,7 +88,9 @@ impl Workspace {
                     let width = program.buffer(*x).width;
                     let inner = program.weight(experts.experts[0].up).tensor.view().rows;
                     widest_input = widest_input.max(width).max(inner);
-                    expert = [width, inner, inner].map(Buffer::new);
+                    let [rows, gates, _] = expert_widths;
+                    let inner = inner.max(gates);
+                    expert_widths = [width.max(rows), inner, inner];
                 }
                 _ => {}
             }
@@ -88,7 +99,8 @@ impl Workspace {
             shapes: program.buffers.clone(),
             buffers: program.buffers.iter().map(|shape| Buffer::new(shape.width)).collect(),
             quantized: Vec::new(),
-            expert,
+            expert: [1; 3].map(Buffer::new),
+            expert_widths,
             widest_input,
         }
     }
@@ -104,8 +116,10 @@ impl Workspace {
                 RowSet::Wanted => rows.wanted.len(),
             })?;
         }
-        if self.expert[0].width > 1 {
-            self.expert.iter_mut().try_for_each(|buffer| buffer.set_rows(rows.len()))?;
+        for (buffer, &width) in self.expert.iter_mut().zip(&self.expert_widths) {
+            let len = rows.len() * width.next_multiple_of(LANES);
+            let more = len.saturating_sub(buffer.data.len());
+            reserve(&mut buffer.data, more)?;
         }
         // (At most twice an f32 for each element, and of so few layouts that each has one here.)
         for (_, quantized) in &mut self.quantized {
