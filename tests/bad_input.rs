@@ -134,7 +134,7 @@ fn messages_name_what_is_missing_or_wrong() {
             &|w| {
                 w.set("general.architecture", "gpt9");
             },
-            &["gpt9", "`llama`, `qwen2`, `opt` are run"],
+            &["gpt9", "`llama`, `qwen2`, ", "`opt` are run"],
         ),
         (
             &|w| {

@@ -167,7 +167,7 @@ fn python_says_what_the_command_line_says() {
 import mtad, sys
 file = sys.argv[1]
 settings = dict(seed=11, score=1)
-with mtad.Pair(threads=1) as pair, pair.session().unwrap() as session:
+with mtad.Pair(threads=1) as pair, pair.session() as session:
     assert pair.detokenize(pair.tokenize('Once upon a time')) == 'Once upon a time'
     session.prompt('Once upon a time')
     assert len(session.logits()) > 100 and len(session.tokens()) > 2
@@ -182,7 +182,7 @@ with mtad.Pair(threads=1) as pair, pair.session().unwrap() as session:
         assert error.code == -13 and 'generation' in str(error), error
     generation.close()
     session.save(file)
-    restored = pair.session(file).unwrap()
+    restored = pair.session(file)
     text = [token.text for token in first] + [t.text for t in restored.generate(13, **settings)]
     assert text == whole, (text, whole)
     assert list(session.generate(5, stop=['e', 'a'])) is not None

@@ -77,6 +77,7 @@ pub extern "C" fn mtad_status_text(status: i32) -> *const c_char {
         -13 => c"the session is in use",
         -14 => c"there is no such figure",
         -15 => c"a fault of the library",
+        -16 => c"there is not enough memory",
         _ => c"no status of this library",
     };
     text.as_ptr()

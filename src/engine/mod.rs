@@ -41,7 +41,7 @@ use sequence::Handle;
 /// How a session keeps its rows.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SessionOptions {
-    /// The most rows; `None` is what the model was trained for.
+    /// The most rows; `None` is what the model was trained for, `usize::MAX` as many as memory holds.
     pub context: Option<usize>,
     /// How keys and values are stored.
     pub cache_type: CacheType,
@@ -174,7 +174,8 @@ impl Model {
     /// [`Error::Memory`] if there is none for the context that was asked for.
     pub fn session(&self, options: &SessionOptions) -> Result<Box<dyn Lm>> {
         let limit = self.shape.position_limit.unwrap_or(usize::MAX);
-        if let Some(wanted) = options.context.filter(|wanted| *wanted > limit) {
+        let asked = options.context.filter(|context| *context < usize::MAX);
+        if let Some(wanted) = asked.filter(|wanted| *wanted > limit) {
             self.notes.tell(format!(
                 "{} has {limit} learned positions; a context of {wanted} ends there",
                 self.file.name()
@@ -190,16 +191,16 @@ impl Model {
         }
         let row = row_bytes(&self.shape.layers, options.cache_type) as u64;
         let mut capacity = options.context.unwrap_or(self.shape.context).min(limit);
-        if let (None, Some(left)) = (options.context, self.budget.left()) {
+        if let (None, Some(left)) = (asked, self.budget.left()) {
             // (Half of what is left, so that another session has room too.)
             let fits = usize::try_from(left / 2 / row.max(1)).unwrap_or(usize::MAX);
-            if fits < capacity {
+            if fits < capacity && options.context.is_none() {
                 self.notes.tell(format!(
                     "{} was trained for a context of {capacity}; memory holds {fits} rows of it",
                     self.file.name()
                 ));
-                capacity = fits;
             }
+            capacity = capacity.min(fits);
         }
         let what = format!("a context of {capacity} rows");
         let taken = self.budget.take(&[(&what, row.saturating_mul(capacity as u64))])?;

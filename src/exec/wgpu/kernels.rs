@@ -735,7 +735,8 @@ mod tests {
             path.to_str().unwrap().replace('\\', "/")
         };
         let mut found: Vec<_> = found.iter().map(name).collect();
-        (names.sort_unstable(), found.sort_unstable());
+        names.sort_unstable();
+        found.sort_unstable();
         assert_eq!(found, names);
     }
 
