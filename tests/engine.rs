@@ -47,8 +47,11 @@ fn script(lm: &mut dyn Lm, seed: u64, vocab_size: usize) -> Vec<u32> {
                 2 => Want::Top { k: 5, temperature: Some(0.9) },
                 _ => Want::Logits,
             };
-            let want =
-                if seed % 3 == 0 { Want::Top { k: 5, temperature: Some(0.9) } } else { want };
+            let want = if seed.is_multiple_of(3) {
+                Want::Top { k: 5, temperature: Some(0.9) }
+            } else {
+                want
+            };
             let token = random.below(vocab_size) as Token;
             batch.push(token, parent.map(|p| Row(p as u32)), want);
         }

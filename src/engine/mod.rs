@@ -182,8 +182,7 @@ impl Model {
             ));
         }
         let trained = self.shape.context;
-        if let Some(wanted) = options.context.filter(|wanted| *wanted > trained && trained < limit)
-        {
+        if let Some(wanted) = asked.filter(|wanted| *wanted > trained && trained < limit) {
             self.notes.tell(format!(
                 "{} was trained for a context of {trained}, and is given one of {wanted}",
                 self.file.name()

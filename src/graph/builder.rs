@@ -247,6 +247,9 @@ impl Builder {
         layer: usize,
     ) -> Result<()> {
         let kv = self.program.layers[layer];
+        self.check([q, k, v].iter().all(|id| self.rows(*id) == RowSet::All), || {
+            "attention is to all rows of a pass, not to the wanted ones alone".to_owned()
+        })?;
         self.check([self.width(k), self.width(v)] == [kv.width(); 2], || {
             format!("keys and values have {} elements, not {}", self.width(k), kv.width())
         })?;

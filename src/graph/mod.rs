@@ -547,7 +547,7 @@ impl Program {
         let mut layers = self.ops[ops].iter().filter_map(Op::layer);
         match layers.next() {
             None => 0..0,
-            Some(first) => first..layers.last().unwrap_or(first) + 1,
+            Some(first) => first..layers.next_back().unwrap_or(first) + 1,
         }
     }
 

@@ -311,7 +311,7 @@ unsafe fn activated<S: Simd>(activation: Activation, x: S::F) -> S::F {
             // (1 + tanh(u)) / 2 is the sigmoid of 2u.
             Activation::GeluTanh => {
                 let cubic = S::mul(S::mul(x, x), S::f32(0.044_715));
-                let alpha = S::mul(S::add(cubic, S::f32(1.0)), S::f32(1.595_769_1));
+                let alpha = S::mul(S::add(cubic, S::f32(1.0)), S::f32(1.595_769));
                 sigmoid_times::<S>(x, alpha)
             }
             Activation::Gelu => {

@@ -308,6 +308,14 @@ impl Pass<'_> {
         let bias = norm.bias.map_or(&stage.zeros[..], |id| stage.vector(id));
         let (stride, group, epsilon) = (x.stride, norm.group, norm.epsilon);
         let padded = group.next_multiple_of(LANES);
+        // A vector has numbers for one group, or for all of a row.
+        let per_row = |id: Option<WeightId>| {
+            id.is_some_and(|id| {
+                let view = stage.program.weight(id).tensor.view();
+                view.rows * view.cols != group
+            })
+        };
+        let (weight_per_row, bias_per_row) = (per_row(norm.weight), per_row(norm.bias));
         // SAFETY (of the kernels): they are this machine's; slices are whole vectors.
         let one = |x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]| match norm.kind {
             NormKind::Rms => {
@@ -330,14 +338,22 @@ impl Pass<'_> {
             if group == x.width {
                 return one(x.row(i), &weight[..stride], &bias[..stride], out);
             }
-            // Groups are padded to whole vectors one by one.
+            let at = |per_row: bool, first: usize| if per_row { first } else { 0 };
+            if group.is_multiple_of(LANES) {
+                for first in (0..x.width).step_by(group) {
+                    let w = &weight[at(weight_per_row, first)..][..group];
+                    let b = &bias[at(bias_per_row, first)..][..group];
+                    one(&x.row(i)[first..][..group], w, b, &mut out[first..][..group]);
+                }
+                return;
+            }
+            // Other groups are padded to whole vectors one by one.
             let mut parts = [(); 4].map(|()| vec![0.0; padded]);
             for first in (0..x.width).step_by(group) {
                 let [from, w, b, to] = &mut parts;
                 from[..group].copy_from_slice(&x.row(i)[first..][..group]);
-                let at = |all: &[f32]| if all.len() > padded { first } else { 0 };
-                w[..group].copy_from_slice(&weight[at(weight)..][..group]);
-                b[..group].copy_from_slice(&bias[at(bias)..][..group]);
+                w[..group].copy_from_slice(&weight[at(weight_per_row, first)..][..group]);
+                b[..group].copy_from_slice(&bias[at(bias_per_row, first)..][..group]);
                 one(from, w, b, to);
                 out[first..][..group].copy_from_slice(&to[..group]);
             }

@@ -298,9 +298,15 @@ fn norms_of_rows_and_of_heads_are_exact() {
     let mut noise = Noise(5);
     let rows: Vec<Vec<f32>> = (0..5).map(|_| noise.floats(48)).collect();
     for kind in [NormKind::Rms, NormKind::Layer] {
-        for (group, weight_len, bias_len) in
-            [(48, 48, 48), (48, 0, 0), (16, 16, 0), (12, 12, 12), (12, 48, 48), (24, 48, 0)]
-        {
+        for (group, weight_len, bias_len) in [
+            (48, 48, 48),
+            (48, 0, 0),
+            (16, 16, 0),
+            (16, 48, 48),
+            (12, 12, 12),
+            (12, 48, 48),
+            (24, 48, 0),
+        ] {
             let (weights, biases) =
                 (noise.floats(weight_len.max(1)), noise.floats(bias_len.max(1)));
             let mut b = Builder::new("test", 10);
