@@ -157,7 +157,7 @@ impl Gpu {
         let fits = |&(least, _): &(u32, u32)| least >= 8 && least.is_power_of_two();
         let subgroups = variants.subgroups && adapter.subgroups().as_ref().is_some_and(fits);
         if !adapter.reads_f16() {
-            let what = "has no compute shaders that read half precision; use `--device cpu`";
+            let what = "has no compute shaders that read half precision; use the CPU";
             return Err(Error::Device { device: adapter.name().to_owned(), what: what.to_owned() });
         }
         let arithmetic = match variants.arithmetic {
