@@ -230,9 +230,8 @@ fn nothing_that_is_printed_can_panic() {
 
 #[test]
 fn the_library_names_no_options_of_the_command_line() {
-    // What devices say goes through the backends, and pages have styles.
-    const EXCEPT: [&str; 4] =
-        ["src/cli/", "src/backend/", "src/main.rs", "src/eval/report/html.rs"];
+    // Pages have styles.
+    const EXCEPT: [&str; 3] = ["src/cli/", "src/main.rs", "src/eval/report/html.rs"];
     let mut seen = 0;
     for (file, _, text) in library() {
         for (number, line) in code(&text) {
