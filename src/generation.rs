@@ -349,7 +349,8 @@ impl Session {
         let mut models = match &mut self.draft {
             Some(draft) => Models::pair(&mut *self.target, &mut **draft),
             None => Models::alone(&mut *self.target),
-        };
+        }
+        .with_vocabulary(self.pair.vocabulary());
         f(decoding, &mut models)
     }
 }
@@ -460,6 +461,11 @@ impl<'s> Generation<'s> {
     /// Why it ended; `None` while it goes on.
     pub fn stop_reason(&self) -> Option<StopReason> {
         self.stopped.filter(|_| self.session.ready.is_empty())
+    }
+
+    /// The text before the generated tokens.
+    pub fn prompt(&self) -> &[Token] {
+        &self.decoding().text()[..self.prompt_tokens]
     }
 
     /// Tokens of the prompt.

@@ -32,6 +32,7 @@
 //! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `quant` |
 //! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
+//! | [`chat`] | conversations to tokens, by the model's template | `error`, `gguf`, `tokenizer` |
 //! | [`backend`] | the verbs of a forward pass, and the devices that do them | `error`, `cached`, `quant`, `gguf` |
 //! | [`model`] | [`model::lm::Lm`]: a committed line with a tree on it; architectures (Llama's family, OPT) over a backend | `error`, `gguf`, `quant`, `backend` |
 //! | [`sampling`] | warping, distributions, draws | `error`, `model::lm` |
@@ -54,6 +55,7 @@ pub mod backend;
 pub mod bench;
 mod cached;
 pub mod capi;
+pub mod chat;
 pub mod cli;
 pub mod convert;
 pub mod decode;

@@ -12,6 +12,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("gguf", &["error", "quant"]),
     ("convert", &["error", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
+    ("chat", &["error", "gguf", "tokenizer"]),
     ("backend", &["error", "cached", "quant", "gguf", "backend"]),
     ("model", &["error", "quant", "gguf", "backend", "model"]),
     ("sampling", &["error", "model::lm", "sampling"]),

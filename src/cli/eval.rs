@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 
 use super::metering::{MeterArgs, Metering, Work};
 use super::run::{load_pair, watch_for_interrupts};
-use super::{DeviceArgs, cost_tables, print_line, print_notes, progress_bar, table};
+use super::{DeviceArgs, VocabularyArgs, cost_tables, print_line, print_notes, progress_bar, table};
 use crate::decode::{Settings, Strategy};
 use crate::error::{Error, Result};
 use crate::eval::report::Report;
@@ -112,6 +112,9 @@ pub struct EvalArgs {
     /// Print one line of JSON instead of a table
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    vocabulary: VocabularyArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -269,7 +272,8 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let mut metering = args.meters.start(Some(0.0))?;
     let (model, draft) = (args.model.as_deref(), args.draft.as_deref());
     let draft_device = args.draft_device.clone();
-    let load = LoadOptions { draft_device, ..args.device.load_options() };
+    let pre_tokenizer = args.vocabulary.pre_tokenizer.clone();
+    let load = LoadOptions { draft_device, pre_tokenizer, ..args.device.load_options() };
     let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
     print_notes(pair.take_notes());
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };

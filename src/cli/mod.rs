@@ -4,6 +4,7 @@
 //! 0 done, 1 failed, 2 usage. With `--json` standard output holds exactly one line.
 
 mod bench;
+mod chat;
 mod convert;
 mod cost_tables;
 mod devices;
@@ -16,6 +17,7 @@ mod perplexity;
 mod quantize;
 mod run;
 mod stored;
+mod template;
 mod tokenize;
 
 use std::io::{self, IsTerminal, Read, Write};
@@ -29,6 +31,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::pair::{LoadOptions, builtin_file};
+use crate::tokenizer::Tokenizer;
 
 /// Run a pair of quantized GGUF models with multi-token joint decoding
 #[derive(Debug, Parser)]
@@ -40,12 +43,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(Box<run::RunArgs>),
+    Run(Box<run::RunCommand>),
+    Chat(Box<chat::ChatArgs>),
     Bench(Box<bench::BenchArgs>),
     Eval(Box<eval::EvalArgs>),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
+    Template(template::TemplateArgs),
     Inspect(inspect::InspectArgs),
     Convert(convert::ConvertArgs),
     Quantize(quantize::QuantizeArgs),
@@ -58,11 +63,13 @@ pub fn main() -> ExitCode {
     // On a usage error clap prints and exits with 2.
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::chat(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Eval(args) => eval::eval(&args),
         Command::Perplexity(args) => perplexity::perplexity(&args),
         Command::Logits(args) => logits::logits(&args),
         Command::Tokenize(args) => tokenize::tokenize(&args),
+        Command::Template(args) => template::template(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Convert(args) => convert::convert(&args),
         Command::Quantize(args) => quantize::quantize(&args),
@@ -123,6 +130,7 @@ impl DeviceArgs {
             gpu_layers: self.gpu_layers.map(|n| n as usize),
             threads: self.threads.map_or(0, usize::from),
             repack: !self.no_repack,
+            pre_tokenizer: None,
         }
     }
 
@@ -131,9 +139,29 @@ impl DeviceArgs {
     }
 }
 
+/// How text becomes tokens: an option of every subcommand that is given text.
+#[derive(Debug, Args)]
+struct VocabularyArgs {
+    /// Cut words as this pre-tokenizer does, such as llama-bpe or qwen2, whatever the file names
+    /// (`tokenizer.ggml.pre`); a name that there is not lists those that there are
+    #[arg(long, value_name = "NAME")]
+    pre_tokenizer: Option<String>,
+}
+
 /// Prints what a person should know of where models run.
 fn print_notes(notes: Vec<String>) {
     notes.iter().for_each(|note| eprintln!("mtad: {note}"));
+}
+
+/// Says so if a prompt begins with two tokens that begin a text.
+fn warn_of_doubled_bos(tokenizer: &Tokenizer, ids: &[u32]) {
+    if tokenizer.doubles_bos(ids) {
+        let name = tokenizer.bos().map_or("", |id| tokenizer.token(id));
+        eprintln!(
+            "mtad: warning: the text begins with {name:?}, and one more was put before it, as the \
+             model expects of a text without it; leave one out"
+        );
+    }
 }
 
 const STDOUT: &str = "standard output";

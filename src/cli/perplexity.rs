@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::run::watch_for_interrupts;
 use super::{
-    DeviceArgs, loading_bar, open_model, print_line, print_notes, progress_bar, read_text,
+    DeviceArgs, VocabularyArgs, loading_bar, open_model, print_line, print_notes, progress_bar, read_text,
 };
 use crate::error::Result;
 use crate::eval::perplexity::perplexity as measure;
@@ -44,6 +44,9 @@ pub struct PerplexityArgs {
     json: bool,
 
     #[command(flatten)]
+    vocabulary: VocabularyArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -51,7 +54,9 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let text = read_text(None, args.file.as_ref(), "text")?;
     let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
     let file = Arc::new(open_model(path)?);
-    let tokenizer = Tokenizer::from_gguf(&file)?;
+    let tokenizer =
+        Tokenizer::with_pre_tokenizer(&file, args.vocabulary.pre_tokenizer.as_deref())?;
+    print_notes(tokenizer.notes().to_vec());
     let device = args.device.load_options().device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
     let trained = model.shape().context;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
-use super::{Settings, Statistics, Strategy, Timeline, draft_of};
+use super::{Reader, Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result};
 use crate::model::lm::{Lm, Token, extend};
 use crate::sampling::{Rng, RngState};
@@ -174,13 +174,14 @@ impl Decoding {
         self.statistics = Statistics::default();
 
         let reused = models.target.committed();
-        let mut filled = fill(models.target, &prompt[..last]);
+        let reader = models.draft_reader();
+        let mut filled = fill(models.target, Reader::Target, &prompt[..last]);
         if let Some(draft) = &mut models.draft
             && filled.is_ok()
             && drafts
             && prompt.len() <= draft.capacity()
         {
-            filled = fill(&mut **draft, &prompt[..last]);
+            filled = fill(&mut **draft, reader, &prompt[..last]);
         }
         self.timeline.stop();
         filled?;
@@ -359,7 +360,7 @@ fn shorten(models: &mut Models<'_>, len: usize) -> Result<()> {
 }
 
 /// Evaluates and commits what of `tokens` is not in the line.
-fn fill(lm: &mut dyn Lm, tokens: &[Token]) -> Result<()> {
+fn fill(lm: &mut dyn Lm, reader: Reader, tokens: &[Token]) -> Result<()> {
     let done = lm.committed();
-    extend(lm, &tokens[done..])
+    extend(lm, &reader.read(&tokens[done..]))
 }

@@ -68,9 +68,10 @@ impl Algorithm for Dsbd {
         let settings = round.settings;
 
         round.timeline.enter(Phase::Draft);
+        let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
-        let how = Sampling { keep: true, ..Sampling::of_draft(settings) };
-        self.beams.sample(draft, text, vocab, gamma, &how, round.rng)?;
+        let how = Sampling { keep: true, ..Sampling::of_draft(settings, reader) };
+        self.beams.sample(draft, text, shared, gamma, &how, round.rng)?;
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));
         let target = &mut *round.models.target;

@@ -31,9 +31,10 @@ impl Algorithm for Mmtad {
         let settings = round.settings;
 
         round.timeline.enter(Phase::Draft);
+        let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
-        let how = Sampling::of_draft(settings);
-        self.beams.sample(draft, text, vocab, gamma, &how, round.rng)?;
+        let how = Sampling::of_draft(settings, reader);
+        self.beams.sample(draft, text, shared, gamma, &how, round.rng)?;
         let best = self.beams.path(self.beams.best().node);
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));

@@ -29,9 +29,10 @@ impl Algorithm for Mtad {
         let warp = &settings.warp;
 
         round.timeline.enter(Phase::Draft);
+        let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
-        let how = Sampling::of_draft(settings);
-        self.beams.sample(draft, text, vocab, gamma, &how, round.rng)?;
+        let how = Sampling::of_draft(settings, reader);
+        self.beams.sample(draft, text, shared, gamma, &how, round.rng)?;
         let best = self.beams.best().node;
         self.beams.tokens(best, &mut self.branch);
         let nodes = self.beams.path(best);

@@ -36,7 +36,7 @@ impl SpecialTokens {
         for (id, text, kind) in vocab.iter() {
             let is_user_defined = kind == TokenType::UserDefined;
             let Some(&first) = text.as_bytes().first() else { continue };
-            if !is_user_defined && !kind.is_special() {
+            if (!is_user_defined && !kind.is_special()) || vocab.is_bytes(id) {
                 continue;
             }
             let group = by_length.entry(text.len()).or_insert_with(|| SameLength {
