@@ -52,6 +52,9 @@ pub enum Error {
         "the draft's vocabulary is not the target's: {0}; use a draft trained with the target's tokenizer"
     )]
     Vocabulary(String),
+    /// A chat template is damaged, fails, or refuses a conversation.
+    #[error("{0}")]
+    Template(String),
     /// More rows were asked for than the context holds.
     #[error(
         "the context is full: {wanted} rows wanted, {capacity} allowed; a larger context or a shorter prompt would do"

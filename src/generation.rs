@@ -378,7 +378,8 @@ impl Session {
         let mut models = match &mut self.draft {
             Some(draft) => Models::pair(&mut *self.target, &mut **draft),
             None => Models::alone(&mut *self.target),
-        };
+        }
+        .with_vocabulary(self.pair.vocabulary());
         // Decoders know their models by their parts only.
         f(decoding, &mut models).map_err(|error| match (error, self.pair.draft()) {
             (Error::NotFinite { model }, Some(draft)) if model == DRAFT => {
@@ -498,6 +499,11 @@ impl<'s> Generation<'s> {
     /// Why it ended; `None` while it goes on.
     pub fn stop_reason(&self) -> Option<StopReason> {
         self.stopped.filter(|_| self.session.ready.is_empty())
+    }
+
+    /// The text before the generated tokens.
+    pub fn prompt(&self) -> &[Token] {
+        &self.decoding().text()[..self.prompt_tokens]
     }
 
     /// Tokens of the prompt.

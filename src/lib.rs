@@ -35,6 +35,7 @@
 //! | [`gguf`] | model files, in one part or several: checked metadata, tensors as borrowed views; writing | `error`, `files`, `quant` |
 //! | [`convert`] | checkpoint folders (config, safetensors, tokenizer) as model files | `error`, `files`, `quant`, `gguf` |
 //! | [`tokenizer`] | text to tokens and back, from a file's vocabulary | `error`, `gguf` |
+//! | [`chat`] | conversations to tokens, by the model's template | `error`, `gguf`, `tokenizer` |
 //! | [`graph`] | forward passes as values: operations over buffers and weights | `error`, `gguf` |
 //! | [`models`] | families of models: metadata and tensors to a program, one file each | `error`, `gguf`, `graph` |
 //! | [`exec`] | executors of programs: the CPU and GPUs | `error`, `cached`, `quant`, `gguf`, `graph`, `lm` |
@@ -64,6 +65,7 @@ pub mod bench;
 mod cached;
 #[cfg(feature = "capi")]
 pub mod capi;
+pub mod chat;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod convert;

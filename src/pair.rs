@@ -1,11 +1,11 @@
 //! A pair of models: the facade's entry.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::engine::Cpu;
-use crate::engine::{Budget, Device, Model, NoteListener, SessionOptions};
+use crate::decode::Vocabulary;
+use crate::engine::{Budget, Cpu, Device, Model, NoteListener, SessionOptions};
 use crate::error::{Error, Result};
 use crate::generation::Session;
 use crate::gguf::Gguf;
@@ -31,6 +31,9 @@ pub struct LoadOptions {
     pub memory: Option<u64>,
     /// Whether files are mapped; otherwise they are read into memory: see [`Gguf::read`].
     pub mmap: bool,
+    /// How words are cut, in place of what the target's file says; see
+    /// [`Tokenizer::with_pre_tokenizer`].
+    pub pre_tokenizer: Option<String>,
 }
 
 impl Default for LoadOptions {
@@ -43,6 +46,7 @@ impl Default for LoadOptions {
             repack: true,
             memory: None,
             mmap: true,
+            pre_tokenizer: None,
         }
     }
 }
@@ -97,6 +101,9 @@ pub struct Pair {
     target: Model,
     draft: Option<Model>,
     tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+    /// What is to be said of the vocabulary; taken once.
+    notes: Arc<Mutex<Vec<String>>>,
     load_seconds: f64,
 }
 
@@ -144,14 +151,14 @@ impl Pair {
     ) -> Result<Self> {
         let start = Instant::now();
         // Vocabularies first: a pair that does not fit is refused before gigabytes are read.
-        let tokenizer = fitting(&target, draft.as_ref())?;
+        let fitting = fitting(&target, draft.as_ref(), options.pre_tokenizer.as_deref())?;
         let device = options.device()?;
         let draft_device = match draft {
             Some(_) => options.draft_device(&device)?,
             None => device.clone(),
         };
         let draft = draft.map(|draft| (draft, &draft_device));
-        Self::load(start, tokenizer, (target, &device), draft, &options.budget(), progress)
+        Self::load(start, fitting, (target, &device), draft, &options.budget(), progress)
     }
 
     /// A pair from open files, each on a device that is open already.
@@ -164,13 +171,13 @@ impl Pair {
         progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Self> {
         let start = Instant::now();
-        let tokenizer = fitting(&target.0, draft.as_ref().map(|(file, _)| file))?;
-        Self::load(start, tokenizer, target, draft, &Budget::available(), progress)
+        let fitting = fitting(&target.0, draft.as_ref().map(|(file, _)| file), None)?;
+        Self::load(start, fitting, target, draft, &Budget::available(), progress)
     }
 
     fn load(
         start: Instant,
-        tokenizer: Tokenizer,
+        (tokenizer, shared): (Tokenizer, usize),
         (target, device): (Gguf, &Device),
         draft: Option<(Gguf, &Device)>,
         budget: &Budget,
@@ -186,7 +193,18 @@ impl Pair {
         };
         let target = loaded(target, device, 0)?;
         let draft = draft.map(|(file, device)| loaded(file, device, first)).transpose()?;
-        Ok(Pair { target, draft, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
+        let tokens = tokenizer.len().min(target.shape().vocab_size);
+        let rows = draft.as_ref().map_or(tokens, |draft| draft.shape().vocab_size);
+        let shared = shared.min(tokens).min(rows);
+        // Where the draft does not have a token, that is mostly one which ends or begins
+        // something.
+        let roles = [tokenizer.eos(), tokenizer.bos(), tokenizer.unk()];
+        let stand_in = roles.into_iter().flatten().find(|&id| (id as usize) < shared);
+        let stand_in = stand_in.unwrap_or(0);
+        let notes = Arc::new(Mutex::new(tokenizer.notes().to_vec()));
+        let vocabulary = Vocabulary { tokens, shared, stand_in };
+        let load_seconds = start.elapsed().as_secs_f64();
+        Ok(Pair { target, draft, tokenizer, vocabulary, notes, load_seconds })
     }
 
     /// The large model, whose text it is.
@@ -205,24 +223,36 @@ impl Pair {
         models.into_iter().flatten().flat_map(|model| model.file().files()).map(Path::new)
     }
 
-    /// What a person should know of where the models run; see [`Model::take_notes`].
+    /// What a person should know of the vocabulary ([`Tokenizer::notes`]) and of where the models
+    /// run ([`Model::take_notes`]). Each note is handed out once.
     pub fn take_notes(&self) -> Vec<String> {
         let models = [Some(&self.target), self.draft.as_ref()];
-        models.into_iter().flatten().flat_map(Model::take_notes).collect()
+        let mut notes =
+            std::mem::take(&mut *self.notes.lock().unwrap_or_else(PoisonError::into_inner));
+        notes.extend(models.into_iter().flatten().flat_map(Model::take_notes));
+        notes
     }
 
     /// Has such notes heard by `listener`, as they come up, on the threads on which they do; see
     /// [`Model::on_note`].
     pub fn on_note(&self, listener: NoteListener) {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *notes).iter().for_each(|note| listener(note));
+        drop(notes);
         self.target.on_note(listener.clone());
         if let Some(draft) = &self.draft {
             draft.on_note(listener);
         }
     }
 
-    /// The vocabulary of both.
+    /// The target's vocabulary. The draft has the same tokens, or fewer, or more.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// How many tokens the models have and share.
+    pub fn vocabulary(&self) -> Vocabulary {
+        self.vocabulary
     }
 
     /// Seconds that loading took.
@@ -239,13 +269,14 @@ impl Pair {
     }
 }
 
-/// The tokenizer of a target, if its draft speaks the same tokens.
-fn fitting(target: &Gguf, draft: Option<&Gguf>) -> Result<Tokenizer> {
-    let tokenizer = Tokenizer::from_gguf(target)?;
-    if let Some(draft) = draft {
-        tokenizer.check_draft(&Tokenizer::from_gguf(draft)?)?;
-    }
-    Ok(tokenizer)
+/// The tokenizer of a target, if its draft speaks the same tokens, and how many they share.
+fn fitting(target: &Gguf, draft: Option<&Gguf>, pre: Option<&str>) -> Result<(Tokenizer, usize)> {
+    let tokenizer = Tokenizer::with_pre_tokenizer(target, pre)?;
+    let shared = match draft {
+        Some(draft) => tokenizer.check_draft_file(draft)?,
+        None => tokenizer.len(),
+    };
+    Ok((tokenizer, shared))
 }
 
 /// A file of the built-in pair: `target` or `draft`.

@@ -10,7 +10,7 @@ mod table_model;
 
 use std::sync::Arc;
 
-use mtad::decode::{Block, CostTable, Decoding, Models, Phase, Settings, Strategy};
+use mtad::decode::{Block, CostTable, Decoding, Models, Phase, Settings, Strategy, Vocabulary};
 use mtad::lm::table::TableLm;
 use mtad::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token};
 use mtad::sampling::{Rng, Warp};
@@ -341,6 +341,94 @@ fn speculative_sampling_is_lossless() {
             }
         }
     }
+}
+
+/// At least `tokens` tokens of a target whose draft has other tokens; what the draft was given to
+/// read.
+fn decode_unlike(
+    pair: &mut Pair,
+    vocabulary: Vocabulary,
+    settings: &Settings,
+    tokens: usize,
+) -> Vec<Token> {
+    let mut decoding = Decoding::new(settings.clone()).unwrap();
+    decoding.start(&mut pair.models().with_vocabulary(vocabulary), &[7, 0]).unwrap();
+    while decoding.generated().len() < tokens {
+        decoding.next_block(&mut pair.models().with_vocabulary(vocabulary)).unwrap().unwrap();
+        let text = decoding.text();
+        assert_eq!(pair.target.line, text[..pair.target.line.len()]);
+        let read =
+            |&t: &Token| if (t as usize) < vocabulary.shared { t } else { vocabulary.stand_in };
+        let known: Vec<Token> = text[..pair.draft.line.len()].iter().map(read).collect();
+        assert_eq!(pair.draft.line, known);
+    }
+    decoding.generated()[..tokens].to_vec()
+}
+
+/// Vocabularies of 8 tokens of which the draft has 5: it has no others, or others, which would win.
+fn unlike(rng: &mut Rng) -> Vec<(Pair, Vocabulary)> {
+    let vocabulary = Vocabulary { tokens: 8, shared: 5, stand_in: 1 };
+    [5, 8, 11]
+        .map(|rows| {
+            let target = random_table(8, rng);
+            let mut draft = padded(random_table(5, rng), rows - 5);
+            for (d, t) in draft.iter_mut().zip(&target) {
+                d.iter_mut().zip(t).take(5).for_each(|(d, t)| *d = 0.5 * (*d + t));
+            }
+            (Pair::of(target, draft), vocabulary)
+        })
+        .into()
+}
+
+#[test]
+fn a_draft_of_fewer_tokens_leaves_the_target_its_own() {
+    let mut rng = Rng::new(31);
+    let chain = |strategy, gamma| Settings { strategy, gamma, ..Settings::default() };
+    for settings in [
+        chain(Strategy::Sample, 1),
+        chain(Strategy::Speculative, 4),
+        Settings { branching: vec![3, 2], ..chain(Strategy::SpecInfer, 2) },
+        Settings { with_replacement: true, ..chain(Strategy::SpecInfer, 3) },
+        Settings { beam_width: 1, ..chain(Strategy::Dsbd, 4) },
+    ] {
+        for (top_k, temperature, repeat_penalty) in [(0, 1.0, 1.0), (6, 0.8, 1.0), (0, 1.0, 1.3)] {
+            for (mut pair, vocabulary) in unlike(&mut rng) {
+                let penalised = Warp { repeat_penalty, repeat_last_n: 1, ..Warp::default() };
+                let warp = Warp { top_k, temperature, ..penalised };
+                let settings = Settings { warp, seed: 5, ..settings.clone() };
+                let text = decode_unlike(&mut pair, vocabulary, &settings, 20_000);
+                let mut counts = vec![vec![0.0; 8]; 8];
+                text.windows(2).for_each(|two| counts[two[0] as usize][two[1] as usize] += 1.0);
+                let mut chi = ChiSquare::default();
+                for (last, counts) in counts.iter().enumerate() {
+                    let p = probabilities(&pair.target.inner, &warp, &[last as Token]);
+                    chi.add(counts, &p);
+                }
+                println!("{} {warp:?}: {:+.2}", settings.strategy, chi.z());
+                assert!(chi.z() < 4.5, "{} {warp:?}: {}", settings.strategy, chi.z());
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_text_is_the_target_s_whatever_the_draft_has() {
+    let mut rng = Rng::new(32);
+    let mut beyond = 0;
+    for strategy in greedy_at_0() {
+        for (pair, vocabulary) in unlike(&mut rng) {
+            for repeat_penalty in [1.0, 1.2] {
+                let warp = Warp { temperature: 0.0, repeat_penalty, ..Warp::default() };
+                let greedy = Settings { strategy: Strategy::Greedy, warp, ..Settings::default() };
+                let expected = decode_unlike(&mut pair.fresh(), vocabulary, &greedy, 60);
+                beyond += expected.iter().filter(|&&t| t >= 5).count();
+                let settings = Settings { strategy, costs: cheap_draft(), ..greedy };
+                let text = decode_unlike(&mut pair.fresh(), vocabulary, &settings, 60);
+                assert_eq!(text, expected, "{strategy}");
+            }
+        }
+    }
+    assert!(beyond > 500, "these texts have {beyond} tokens that the draft does not have");
 }
 
 #[test]

@@ -14,6 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("gguf", &["error", "files", "quant"]),
     ("convert", &["error", "files", "quant", "gguf"]),
     ("tokenizer", &["error", "gguf"]),
+    ("chat", &["error", "gguf", "tokenizer"]),
     ("graph", &["error", "gguf"]),
     ("models", &["error", "gguf", "graph"]),
     ("exec", &["error", "cached", "quant", "gguf", "graph", "lm"]),

@@ -39,6 +39,74 @@ fn ids_are_those_of_llama_cpp() {
     }
 }
 
+/// Texts with their ids by one of the reference vocabularies.
+fn harder_texts(name: &str) -> Vec<(String, Vec<u32>)> {
+    let path = shared(&format!("vectors/tokenizer/tok_pub_{name}.json")).unwrap();
+    let entries: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    entries.as_array().unwrap().iter().map(|e| (as_text(&e["text"]), as_ids(&e["ids"]))).collect()
+}
+
+fn as_text(value: &serde_json::Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+fn as_ids(value: &serde_json::Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+#[test]
+fn ids_are_those_of_llama_cpp_with_every_vocabulary() {
+    for name in [
+        "deepseek-coder",
+        "deepseek-llm",
+        "falcon",
+        "gpt-2",
+        "gpt-neox",
+        "llama-bpe",
+        "llama-spm",
+        "phi-3",
+        "qwen2",
+        "starcoder",
+    ] {
+        let Some(tokenizer) = open(name) else { return };
+        let texts = harder_texts(name);
+        assert!(texts.len() >= 30, "{name} has {} texts", texts.len());
+        for (text, ids) in texts {
+            assert_eq!(tokenizer.encode(&text, PLAIN), ids, "{name}: {text:?}");
+            // SentencePiece writes spaces as this character, so it cannot tell the two apart.
+            if !text.contains('▁') {
+                assert_eq!(tokenizer.decode(&ids), text, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn ids_are_those_of_llama_cpp_with_every_pre_tokenizer() {
+    let Some(path) = shared("vectors/tokenizer/pre_tokenizers.json") else { return };
+    let vectors: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let gpt2 = shared("vectors/tokenizer/ggml-vocab-gpt-2.gguf").unwrap();
+    let gpt2 = Gguf::open(gpt2).unwrap();
+    let texts: Vec<_> = vectors["texts"].as_array().unwrap().iter().map(as_text).collect();
+    let mut names = Vec::new();
+    for kind in vectors["kinds"].as_array().unwrap() {
+        let ids: Vec<_> = kind["ids"].as_array().unwrap().iter().map(as_ids).collect();
+        assert_eq!((texts.len(), ids.len()), (60, 60));
+        for name in kind["names"].as_array().unwrap().iter().map(as_text) {
+            let tokenizer = Tokenizer::with_pre_tokenizer(&gpt2, Some(&name)).unwrap();
+            for (text, ids) in texts.iter().zip(&ids) {
+                assert_eq!(tokenizer.encode(text, PLAIN), *ids, "{name}: {text:?}");
+            }
+            names.push(name);
+        }
+    }
+    let mut known: Vec<_> = Tokenizer::pre_tokenizers().collect();
+    (names.sort(), known.sort());
+    assert_eq!(names, known);
+}
+
 #[test]
 fn decoding_gives_the_text_back() {
     for name in VOCABULARIES {
@@ -187,13 +255,24 @@ fn vocabularies_are_compared_by_content() {
     let message = target.check_draft(&other).unwrap_err().to_string();
     assert!(message.contains(r#"token 261 is "b" (normal) in the target and "c""#), "{message}");
 
-    // The same text with another purpose is another token.
+    // Types are what files of one model disagree about: the text makes the token.
     let mut writer = common::sentencepiece(&["▁", "a", "b"]);
     let mut types = vec![UNKNOWN, CONTROL, CONTROL];
     types.extend([BYTE; 256]);
     types.extend([NORMAL, NORMAL, USER_DEFINED]);
     writer.set("tokenizer.ggml.token_type", OwnedValue::I32s(types));
-    assert_eq!(target.first_difference(&build(&writer)).unwrap().id, 261);
+    assert_eq!(target.first_difference(&build(&writer)), None);
+    assert_eq!(target.check_draft(&build(&writer)).unwrap(), 262);
+
+    // Of a draft's file the texts are enough, but they must be spelled alike.
+    let draft = common::sentencepiece(&["▁", "a", "b", "c"]);
+    assert_eq!(target.check_draft_file(&gguf(&draft)).unwrap(), 262);
+    let bytes = build(&common::byte_level("gpt-2", &["a b"]));
+    let unknown = common::byte_level("salad", &["a b"]);
+    assert_eq!(bytes.check_draft_file(&gguf(&unknown)).unwrap(), bytes.len());
+    let error = target.check_draft_file(&gguf(&unknown)).unwrap_err();
+    assert!(matches!(error, Error::Vocabulary(_)), "{error}");
+    assert!(error.to_string().contains("\"gpt2\""), "{error}");
 }
 
 #[test]
@@ -227,9 +306,20 @@ fn what_is_not_supported_is_refused_by_name() {
     assert!(matches!(error, Error::Unsupported { .. }));
     assert!(error.to_string().contains("\"rwkv\"") && error.to_string().contains("`gpt2`"));
 
-    let error = refusal(&common::byte_level("tekken", &["a b"]));
+    let salad = common::byte_level("salad", &["a b"]);
+    let error = refusal(&salad);
     assert!(matches!(error, Error::Unsupported { .. }));
-    assert!(error.to_string().contains("\"tekken\"") && error.to_string().contains("`gpt-2`"));
+    for part in ["\"salad\"", "gpt-2, ", "--pre-tokenizer"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    // A name that is given goes before the file's, and must be one.
+    let named = |name| Tokenizer::with_pre_tokenizer(&gguf(&salad), Some(name));
+    assert!(named("qwen2").is_ok());
+    let error = named("pepper").unwrap_err();
+    assert!(matches!(error, Error::Invalid(_)));
+    assert!(error.to_string().contains("\"pepper\"") && error.to_string().contains("gpt-2, "));
+    let spm = gguf(&common::sentencepiece(&["▁"]));
+    assert!(matches!(Tokenizer::with_pre_tokenizer(&spm, Some("gpt-2")), Err(Error::Invalid(_))));
 
     let error = refusal(Writer::new().set("general.architecture", "llama"));
     assert!(error.to_string().contains("`tokenizer.ggml.model` is missing"), "{error}");
@@ -238,7 +328,7 @@ fn what_is_not_supported_is_refused_by_name() {
 #[test]
 fn damaged_vocabularies_are_errors_that_say_what() {
     type Damage = fn(&mut Writer);
-    let cases: [(&str, Damage); 12] = [
+    let cases: [(&str, Damage); 9] = [
         ("no token", |w| {
             w.set("tokenizer.ggml.tokens", strings(&[]));
         }),
@@ -263,15 +353,6 @@ fn damaged_vocabularies_are_errors_that_say_what() {
         ("i32 is needed", |w| {
             w.set("tokenizer.ggml.token_type", OwnedValue::F32s(vec![1.0; 261]));
         }),
-        ("`tokenizer.ggml.bos_token_id` is 261", |w| {
-            w.set("tokenizer.ggml.bos_token_id", 261u32);
-        }),
-        ("`tokenizer.ggml.eos_token_id` is 4294967295", |w| {
-            w.set("tokenizer.ggml.eos_token_id", u32::MAX);
-        }),
-        ("`tokenizer.ggml.eot_token_id` is 1000", |w| {
-            w.set("tokenizer.ggml.eot_token_id", 1000u32);
-        }),
         ("token 260 is 2000 bytes long", |w| {
             let mut tokens = vec!["<unk>".to_owned()];
             tokens.extend((0..259).map(|i| format!("t{i}")));
@@ -288,20 +369,165 @@ fn damaged_vocabularies_are_errors_that_say_what() {
     }
 }
 
-#[test]
-fn missing_parts_are_errors_or_defaults() {
-    let without = |key: &str| {
-        let mut writer = Writer::new();
-        let whole = common::sentencepiece(&["▁", "a"]);
-        for (k, value) in gguf(&whole).metadata() {
-            if k != key {
-                writer.set(k, owned(value));
-            }
+/// The metadata of a file but for one key.
+fn without(file: &Gguf, key: &str) -> Writer {
+    let mut writer = Writer::new();
+    for (k, value) in file.metadata() {
+        if k != key {
+            writer.set(k, owned(value));
         }
+    }
+    writer
+}
+
+/// The only note on a vocabulary.
+fn note(tokenizer: &Tokenizer) -> &str {
+    let [note] = tokenizer.notes() else { panic!("{:?}", tokenizer.notes()) };
+    note
+}
+
+#[test]
+fn roles_outside_the_vocabulary_are_nobody_s() {
+    type Read = fn(&Tokenizer) -> Option<u32>;
+    let cases: [(&str, u32, Read, Option<u32>); 3] = [
+        // SentencePiece's usual places are the default.
+        ("bos", 261, Tokenizer::bos, Some(1)),
+        ("eos", u32::MAX, Tokenizer::eos, Some(2)),
+        ("eot", 1000, |_| None, None),
+    ];
+    for (role, id, read, wanted) in cases {
+        let mut writer = common::sentencepiece(&["▁", "a"]);
+        let key = format!("tokenizer.ggml.{role}_token_id");
+        writer.set(&key, id);
+        let tokenizer = build(&writer);
+        assert_eq!(read(&tokenizer), wanted, "{role}");
+        assert!(!tokenizer.is_end(id));
+        let note = note(&tokenizer);
+        assert!(
+            note.contains(&format!("`{key}` is {id}")) && note.contains("261 tokens"),
+            "{note}"
+        );
+    }
+    let mut writer = common::byte_level("gpt-2", &["a b"]);
+    writer.set("tokenizer.ggml.bos_token_id", 97u32);
+    let tokenizer = build(&writer);
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.add_bos()), (None, Some(96), false));
+}
+
+#[test]
+fn a_sentencepiece_vocabulary_without_scores_is_in_their_order() {
+    let Some(path) = shared("vectors/tokenizer/ggml-vocab-llama-spm.gguf") else { return };
+    let file = Gguf::open(path).unwrap();
+    let tokenizer = build(&without(&file, "tokenizer.ggml.scores"));
+    assert!(note(&tokenizer).contains("`tokenizer.ggml.scores` is missing"));
+    // This vocabulary has runs of spaces out of order, which somebody put there by hand.
+    let in_order = |(text, _): &(String, Vec<u32>)| !format!(" {text}").contains("  ");
+    let texts: Vec<_> = vectors("llama-spm").into_iter().filter(in_order).collect();
+    assert!(texts.len() > 150, "{}", texts.len());
+    for (text, ids) in texts {
+        assert_eq!(tokenizer.encode(&text, PLAIN), ids, "{text:?}");
+    }
+}
+
+#[test]
+fn bytes_that_are_there_spell_what_they_can() {
+    let writer = |unknown: bool| {
+        let mut tokens = vec!["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "<0x0A>", "▁", "a"];
+        let mut types = vec![UNKNOWN, CONTROL, CONTROL, BYTE, BYTE, BYTE, NORMAL, NORMAL];
+        if !unknown {
+            (tokens[0], types[0]) = ("<none>", CONTROL);
+        }
+        let mut writer = Writer::new();
+        writer
+            .set("tokenizer.ggml.model", "llama")
+            .set("tokenizer.ggml.tokens", strings(&tokens))
+            .set("tokenizer.ggml.scores", OwnedValue::F32s(vec![0.0; 8]))
+            .set("tokenizer.ggml.token_type", OwnedValue::I32s(types));
         writer
     };
-    let error = refusal(&without("tokenizer.ggml.scores"));
-    assert!(error.to_string().contains("`tokenizer.ggml.scores` is missing"), "{error}");
+    let tokenizer = build(&writer(true));
+    assert_eq!(tokenizer.encode("aé\nèa", PLAIN), [6, 7, 3, 4, 5, 0, 7]);
+    assert_eq!(tokenizer.decode(&[6, 7, 3, 4, 5]), "aé\n");
+    assert!(tokenizer.notes().is_empty());
+    let tokenizer = build(&writer(false));
+    assert_eq!(tokenizer.encode("aé\nèa", PLAIN), [6, 7, 3, 4, 5, 7]);
+    assert!(note(&tokenizer).contains("253 bytes have no token"), "{}", note(&tokenizer));
+}
+
+#[test]
+fn a_vocabulary_may_merge_text_instead_of_bytes() {
+    let mut tokens: Vec<String> = vec!["<bos>".into(), "<eos>".into()];
+    tokens.extend((0..=255u8).map(|byte| format!("<0x{byte:02X}>")));
+    let mut types = vec![CONTROL, CONTROL];
+    types.extend([BYTE; 256]);
+    let first = tokens.len() as u32;
+    for piece in ["▁", "a", "é", "▁a", "▁aé", "\n\n", "b", "a▁", "<turn|>"] {
+        tokens.push(piece.into());
+        types.push(NORMAL);
+    }
+    let mut writer = Writer::new();
+    writer
+        .set("tokenizer.ggml.model", "gemma4")
+        .set("tokenizer.ggml.tokens", OwnedValue::Strings(tokens))
+        .set("tokenizer.ggml.token_type", OwnedValue::I32s(types))
+        .set("tokenizer.ggml.bos_token_id", 0u32)
+        .set("tokenizer.ggml.eos_token_id", 1u32)
+        .set("tokenizer.ggml.merges", strings(&["a ▁", "▁ a", "▁a é"]));
+    let tokenizer = build(&writer);
+    assert_eq!((tokenizer.family(), tokenizer.add_bos()), (Family::SentencePiece, true));
+    let id = |n: u32| first + n;
+    // No space before the text; runs of line ends are one token; a merge may cross a space.
+    assert_eq!(tokenizer.encode("a\n\nb", PLAIN), [id(1), id(5), id(6)]);
+    assert_eq!(tokenizer.encode("b aéa a", PLAIN), [id(6), id(4), id(7), id(1)]);
+    assert_eq!(tokenizer.encode("ñ", PLAIN), [2 + 0xc3, 2 + 0xb1]);
+    assert_eq!(tokenizer.decode(&tokenizer.encode(" aé\n\nñ b", PLAIN)), " aé\n\nñ b");
+    assert!(tokenizer.is_end(id(8)) && tokenizer.is_end(1));
+    // A file of the other kind says it by its pre-tokenizer.
+    writer.set("tokenizer.ggml.model", "gpt2").set("tokenizer.ggml.pre", "sarvam-moe");
+    assert_eq!(build(&writer).encode("b aé", PLAIN), [id(6), id(4)]);
+    writer.set("tokenizer.ggml.pre", "gpt-2");
+    assert_eq!(build(&writer).family(), Family::ByteLevel);
+}
+
+#[test]
+fn messages_of_several_do_not_end_the_answer() {
+    let with = |names: &[&str]| {
+        let mut writer = common::byte_level("gpt-4o", &["a b"]);
+        let mut tokens: Vec<String> = (b'!'..=b'~').map(|b| char::from(b).to_string()).collect();
+        tokens.extend(["Ġ".to_owned(), "ab".to_owned(), "<|endoftext|>".to_owned()]);
+        let first = tokens.len() as u32;
+        tokens.extend(names.iter().map(|name| (*name).to_owned()));
+        let types = vec![NORMAL; tokens.len()];
+        writer.set("tokenizer.ggml.tokens", OwnedValue::Strings(tokens));
+        writer.set("tokenizer.ggml.token_type", OwnedValue::I32s(types));
+        let tokenizer = build(&writer);
+        (0..names.len() as u32).map(|n| tokenizer.is_end(first + n)).collect::<Vec<_>>()
+    };
+    assert_eq!(with(&["<|end|>", "<|return|>", "<|call|>"]), [false, true, true]);
+    assert_eq!(with(&["<|end|>", "<|return|>"]), [true, true]);
+    assert_eq!(with(&["<|end|>", "<|calls|>", "<|flush|>"]), [false, true, true]);
+}
+
+#[test]
+fn what_files_leave_out_is_said() {
+    let missing = without(&gguf(&common::byte_level("x", &["a b"])), "tokenizer.ggml.pre");
+    let tokenizer = build(&missing);
+    assert!(note(&tokenizer).contains("`tokenizer.ggml.pre` is missing"), "{}", note(&tokenizer));
+    assert_eq!(tokenizer.encode("ab", PLAIN), [95]);
+    let named = Tokenizer::with_pre_tokenizer(&gguf(&missing), Some("gpt-2")).unwrap();
+    assert!(named.notes().is_empty());
+
+    let llama = build(&common::sentencepiece(&["▁", "a"]));
+    let twice = llama.encode("<s>a", EncodeOptions { bos: true, special: true });
+    assert_eq!(twice[..2], [1, 1]);
+    assert!(llama.doubles_bos(&twice));
+    assert!(!llama.doubles_bos(&twice[1..]) && !llama.doubles_bos(&[1]));
+}
+
+#[test]
+fn missing_parts_are_errors_or_defaults() {
+    let whole = gguf(&common::sentencepiece(&["▁", "a"]));
+    let without = |key: &str| without(&whole, key);
     let error = refusal(&without("tokenizer.ggml.tokens"));
     assert!(error.to_string().contains("`tokenizer.ggml.tokens` is missing"), "{error}");
     // Types are optional: roles and spelling tell the control tokens and the bytes.
@@ -324,6 +550,8 @@ fn owned(value: mtad::gguf::Value<'_>) -> OwnedValue {
     match value {
         Value::String(_) => OwnedValue::String(value.as_str().unwrap().to_owned()),
         Value::U32(x) => OwnedValue::U32(x),
+        Value::F32(x) => OwnedValue::F32(x),
+        Value::Bool(x) => OwnedValue::Bool(x),
         Value::Array(array) => match array.value_type() {
             ValueType::String => OwnedValue::Strings(
                 array.iter().map(|text| text.as_str().unwrap().to_owned()).collect(),
@@ -367,12 +595,20 @@ fn odd_vocabularies_are_treated_sanely() {
     assert_eq!(tokenizer.encode("a", PLAIN), [262]);
     assert_eq!(tokenizer.decode(&[263, 261, 264]), "aa");
 
-    // Bytes that are not UTF-8 in a token.
-    let mut bytes = common::sentencepiece(&["▁", "qqqq"]).to_vec();
+    // Bytes that are not UTF-8 in a token: they are its text, which no text has.
+    let mut bytes = common::sentencepiece(&["▁", "qqqq", "q"]).to_vec();
     let at = bytes.windows(4).position(|w| w == b"qqqq").unwrap();
     bytes[at] = 0xff;
-    let error = Gguf::from_vec("test.gguf", bytes).and_then(|g| Tokenizer::from_gguf(&g));
-    assert!(error.unwrap_err().to_string().contains("not valid UTF-8"));
+    let tokenizer =
+        Tokenizer::from_gguf(&Gguf::from_vec("test.gguf", bytes.clone()).unwrap()).unwrap();
+    assert!(note(&tokenizer).contains("1 of the 262 tokens are not UTF-8"), "{}", note(&tokenizer));
+    assert_eq!((tokenizer.token(260), tokenizer.piece(260)), ("\u{fffd}qqq", b"\xffqqq".to_vec()));
+    assert_eq!(tokenizer.decode(&[261, 260]), "q\u{fffd}qqq");
+    assert_eq!(tokenizer.encode("\u{fffd}qqq", PLAIN)[1..4], [3 + 0xef, 3 + 0xbf, 3 + 0xbd]);
+    // Two of them differ where their bytes do.
+    bytes[at] = 0xfe;
+    let other = Tokenizer::from_gguf(&Gguf::from_vec("test.gguf", bytes).unwrap()).unwrap();
+    assert_eq!(tokenizer.first_difference(&other).unwrap().id, 260);
 
     // No bytes to fall back on: the unknown token; without one the file is refused.
     let mut writer = Writer::new();

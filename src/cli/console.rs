@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 /// What errors of standard output name.
 pub(super) const STDOUT: &str = "standard output";
 
-fn stdout_error(source: io::Error) -> Error {
+pub(super) fn stdout_error(source: io::Error) -> Error {
     Error::io(STDOUT, source)
 }
 
@@ -86,6 +86,13 @@ impl Text {
     pub(super) fn show(&mut self, text: &str) -> Result<()> {
         let text = if self.raw { Cow::Borrowed(text) } else { visible(text) };
         self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()).map_err(stdout_error)
+    }
+}
+
+impl Text {
+    /// Writes a control sequence of the program's own.
+    pub(super) fn control(&mut self, sequence: &str) -> Result<()> {
+        self.out.write_all(sequence.as_bytes()).map_err(stdout_error)
     }
 }
 

@@ -11,7 +11,10 @@ use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::metering::{MeterArgs, Metering, Work};
 use super::run::load_pair;
-use super::{DeviceArgs, cost_tables, note_listener, of_option, print_line, progress_bar, table};
+use super::{
+    DeviceArgs, VocabularyArgs, cost_tables, note_listener, of_option, print_line, progress_bar,
+    table,
+};
 use crate::decode::{Settings, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
@@ -113,6 +116,9 @@ pub struct EvalArgs {
     /// Print one line of JSON instead of a table
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    vocabulary: VocabularyArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -275,7 +281,8 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let mut metering = args.meters.start(Some(0.0))?;
     let (model, draft) = (args.model.as_deref(), args.draft.as_deref());
     let draft_device = args.draft_device.clone();
-    let load = LoadOptions { draft_device, ..args.device.load_options() };
+    let pre_tokenizer = args.vocabulary.pre_tokenizer.clone();
+    let load = LoadOptions { draft_device, pre_tokenizer, ..args.device.load_options() };
     let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
     pair.on_note(note_listener());
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };

@@ -61,6 +61,11 @@ pub(super) fn asked() -> bool {
     ASKED.load(Ordering::Relaxed)
 }
 
+/// Forgets that a signal asked to stop: what it was meant for has stopped.
+pub(super) fn forget() {
+    ASKED.store(false, Ordering::Relaxed);
+}
+
 /// [`Error::Cancelled`] if a signal asked to stop.
 pub(super) fn check() -> Result<()> {
     if asked() { Err(Error::Cancelled) } else { Ok(()) }

@@ -57,6 +57,11 @@ pub(super) struct MeterArgs {
 }
 
 impl MeterArgs {
+    /// Whether anything is to be measured.
+    pub(super) fn is_given(&self) -> bool {
+        self.energy || !self.meter.is_empty() || self.idle.is_some() || self.assume_watts.is_some()
+    }
+
     pub(super) fn is_wanted(&self) -> bool {
         self.energy || !self.meter.is_empty() || self.assume_watts.is_some()
     }

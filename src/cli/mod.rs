@@ -5,6 +5,7 @@
 //! `--json` standard output holds exactly one line.
 
 mod bench;
+mod chat;
 mod console;
 mod convert;
 mod cost_tables;
@@ -19,6 +20,7 @@ mod perplexity;
 mod quantize;
 mod run;
 mod stored;
+mod template;
 mod tokenize;
 
 use std::ffi::OsString;
@@ -38,6 +40,7 @@ use crate::engine::NoteListener;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::pair::{LoadOptions, builtin_file};
+use crate::tokenizer::Tokenizer;
 use console::{print_line, reader_left, tell, visible_name};
 
 /// Run a pair of quantized GGUF models with multi-token joint decoding
@@ -50,12 +53,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(Box<run::RunArgs>),
+    Run(Box<run::RunCommand>),
+    Chat(Box<chat::ChatArgs>),
     Bench(Box<bench::BenchArgs>),
     Eval(Box<eval::EvalArgs>),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
     Tokenize(tokenize::TokenizeArgs),
+    Template(template::TemplateArgs),
     Inspect(inspect::InspectArgs),
     Convert(convert::ConvertArgs),
     Quantize(quantize::QuantizeArgs),
@@ -120,6 +125,8 @@ fn parse() -> Result<Result<Command, ExitCode>> {
 fn run_command(command: &Command) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args),
+        Command::Chat(args) => chat::chat(args),
+        Command::Template(args) => template::template(args),
         Command::Bench(args) => bench::bench(args),
         Command::Eval(args) => eval::eval(args),
         Command::Perplexity(args) => perplexity::perplexity(args),
@@ -199,6 +206,7 @@ impl DeviceArgs {
             repack: !self.no_repack,
             memory: self.memory,
             mmap: !self.no_mmap,
+            pre_tokenizer: None,
         }
     }
 
@@ -228,9 +236,29 @@ fn bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// How text becomes tokens: an option of every subcommand that is given text.
+#[derive(Debug, Args)]
+struct VocabularyArgs {
+    /// Cut words as this pre-tokenizer does, such as llama-bpe or qwen2, whatever the file names
+    /// (`tokenizer.ggml.pre`); a name that there is not lists those that there are
+    #[arg(long, value_name = "NAME")]
+    pre_tokenizer: Option<String>,
+}
+
 /// Prints what a person should know of where models run, or of what was converted.
 fn print_notes(notes: Vec<String>) {
     notes.iter().for_each(|note| tell!("mtad: {note}"));
+}
+
+/// Says so if a prompt begins with two tokens that begin a text.
+fn warn_of_doubled_bos(tokenizer: &Tokenizer, ids: &[u32]) {
+    if tokenizer.doubles_bos(ids) {
+        let name = tokenizer.bos().map_or("", |id| tokenizer.token(id));
+        tell!(
+            "mtad: warning: the text begins with {name:?}, and one more was put before it, as the \
+             model expects of a text without it; leave one out"
+        );
+    }
 }
 
 /// The names of strategies, each with its line in the help.

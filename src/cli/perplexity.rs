@@ -10,8 +10,8 @@ use serde_json::json;
 use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::{
-    DeviceArgs, loading_bar, note_listener, of_option, open_model_as, print_line, progress_bar,
-    read_text,
+    DeviceArgs, VocabularyArgs, loading_bar, note_listener, of_option, open_model_as, print_line,
+    print_notes, progress_bar, read_text,
 };
 use crate::decode::Interruptible;
 use crate::engine::{Model, SessionOptions};
@@ -46,6 +46,9 @@ pub struct PerplexityArgs {
     json: bool,
 
     #[command(flatten)]
+    vocabulary: VocabularyArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -53,7 +56,8 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let text = read_text(None, args.file.as_ref(), "text")?;
     let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
     let file = Arc::new(open_model_as(path, &args.device.load_options())?);
-    let tokenizer = Tokenizer::from_gguf(&file)?;
+    let tokenizer = Tokenizer::with_pre_tokenizer(&file, args.vocabulary.pre_tokenizer.as_deref())?;
+    print_notes(tokenizer.notes().to_vec());
     let device = args.device.load_options().device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
     model.on_note(note_listener());

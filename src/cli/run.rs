@@ -8,9 +8,13 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use clap::Args;
 use serde_json::json;
 
+use super::chat::FrameArgs;
 use super::console::{Text, tell};
 use super::metering::{Measured, MeterArgs, Work};
-use super::{DeviceArgs, loading_bar, open_model_as, print_line, print_notes, read_text};
+use super::{
+    DeviceArgs, VocabularyArgs, loading_bar, open_model_as, print_line, print_notes, read_text,
+    warn_of_doubled_bos,
+};
 use super::{cost_tables, interrupts};
 use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::engine::CacheType;
@@ -123,7 +127,7 @@ pub struct RunArgs {
 
     /// Take names of control tokens in the prompt, such as </s>, for those tokens
     #[arg(long)]
-    special: bool,
+    pub(super) special: bool,
 
     /// How keys and values are kept
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = ["f16", "f32"])]
@@ -132,7 +136,7 @@ pub struct RunArgs {
     /// Keep the session in this file: a later run whose prompt begins with the same text (prompt
     /// and what was generated) does not evaluate it again
     #[arg(long, value_name = "FILE")]
-    prompt_cache: Option<PathBuf>,
+    pub(super) prompt_cache: Option<PathBuf>,
 
     /// Do not print the prompt before the text
     #[arg(long)]
@@ -141,7 +145,7 @@ pub struct RunArgs {
     /// Let control characters of the text through to a terminal, which obeys them; otherwise they
     /// are shown. (What goes to a file or a pipe is never changed.)
     #[arg(long, conflicts_with = "json")]
-    raw: bool,
+    pub(super) raw: bool,
 
     /// Print to standard error what happened: rounds, acceptance, speed, time by phase
     #[arg(long)]
@@ -156,6 +160,9 @@ pub struct RunArgs {
     pub(super) json: bool,
 
     #[command(flatten)]
+    vocabulary: VocabularyArgs,
+
+    #[command(flatten)]
     pub(super) device: DeviceArgs,
 
     /// Where the draft runs [default: where the target does]
@@ -164,6 +171,25 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub(super) meters: MeterArgs,
+}
+
+/// Generate text after a prompt, or answer it
+///
+/// Without --model this runs the built-in pair of small story models. The prompt is the argument,
+/// or --file, or standard input. With --chat it is a user's turn in the model's chat template, and
+/// the answer alone is printed.
+#[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
+pub struct RunCommand {
+    #[command(flatten)]
+    run: RunArgs,
+
+    /// Answer the prompt, by the model's chat template
+    #[arg(long, conflicts_with = "special")]
+    chat: bool,
+
+    #[command(flatten)]
+    frame: FrameArgs,
 }
 
 const DEFAULT_GAMMA: usize = 4;
@@ -177,7 +203,7 @@ const DEFAULT_DELTA: f64 = 0.3;
 const NOTABLE: f64 = 1.1;
 
 impl RunArgs {
-    fn strategy(&self) -> Strategy {
+    pub(super) fn strategy(&self) -> Strategy {
         let has_draft = self.model.is_none() || self.draft.is_some();
         self.strategy.unwrap_or_else(|| Strategy::default_for(has_draft))
     }
@@ -241,7 +267,8 @@ impl RunArgs {
     /// Loads the pair, without a draft where the strategy has no use for one.
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
         let draft_device = self.draft_device.clone();
-        let options = LoadOptions { draft_device, ..self.device.load_options() };
+        let pre_tokenizer = self.vocabulary.pre_tokenizer.clone();
+        let options = LoadOptions { draft_device, pre_tokenizer, ..self.device.load_options() };
         load_pair(self.model.as_deref(), self.draft.as_deref(), strategy, &options)
     }
 }
@@ -279,7 +306,11 @@ pub(super) fn clock_seed() -> u64 {
     since.as_nanos() as u64 % 1_000_000_000
 }
 
-pub(super) fn run(args: &RunArgs) -> Result<()> {
+pub(super) fn run(command: &RunCommand) -> Result<()> {
+    let args = &command.run;
+    if command.frame.is_given() && !command.chat {
+        return Err(Error::invalid("--template and --system are of --chat, which is not given"));
+    }
     let strategy = args.strategy();
     let seed = args.seed.unwrap_or_else(clock_seed);
     let mut request = args.request(strategy, seed, args.costs()?, &interrupts::flag());
@@ -302,11 +333,15 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     metering.listen_to(&mut session);
     let begun = metering.begin();
     let start = Instant::now();
-    let mut generation = session.generate(&prompt, &request)?;
+    let mut generation = match command.chat {
+        true => session.generate_from(&command.frame.one_turn(&pair, &prompt)?, &request)?,
+        false => session.generate(&prompt, &request)?,
+    };
+    warn_of_doubled_bos(pair.tokenizer(), generation.prompt());
     // What standard output does not take ends the text, but the session is saved all the same.
     let mut out = Text::new(args.raw);
     let mut show = |text: &str| if args.json { Ok(()) } else { out.show(text) };
-    let mut shown = if args.no_echo { Ok(()) } else { show(&prompt) };
+    let mut shown = if args.no_echo || command.chat { Ok(()) } else { show(&prompt) };
     let mut text = String::new();
     while shown.is_ok()
         && let Some(piece) = generation.next()

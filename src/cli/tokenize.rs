@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{open_model, print_line, read_text};
+use super::{VocabularyArgs, open_model, print_line, print_notes, read_text, warn_of_doubled_bos};
 use crate::error::Result;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
@@ -33,15 +33,21 @@ pub struct TokenizeArgs {
     #[arg(long)]
     special: bool,
 
+    #[command(flatten)]
+    vocabulary: VocabularyArgs,
+
     /// Print one line of JSON: {"ids": [...], "pieces": [...]}
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn tokenize(args: &TokenizeArgs) -> Result<()> {
-    let tokenizer = Tokenizer::from_gguf(&open_model(&args.model)?)?;
+    let pre_tokenizer = args.vocabulary.pre_tokenizer.as_deref();
+    let tokenizer = Tokenizer::with_pre_tokenizer(&open_model(&args.model)?, pre_tokenizer)?;
+    print_notes(tokenizer.notes().to_vec());
     let text = read_text(args.text.as_deref(), None, "text")?;
     let ids = tokenizer.encode(&text, EncodeOptions { bos: args.bos, special: args.special });
+    warn_of_doubled_bos(&tokenizer, &ids);
     // A token may be part of a character: such bytes are shown as U+FFFD.
     let pieces: Vec<String> =
         ids.iter().map(|&id| String::from_utf8_lossy(&tokenizer.piece(id)).into_owned()).collect();

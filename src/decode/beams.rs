@@ -4,7 +4,7 @@
 //! Beams share one tree of nodes, so extending them copies no cache: each step evaluates the new
 //! node of every beam in one pass.
 
-use super::{Settings, eval_after, want};
+use super::{Reader, Settings, eval_after, want};
 use crate::error::Result;
 use crate::lm::{Batch, Lm, Outputs, Row, Token};
 use crate::sampling::{Distribution, Path, Removed, Rng, Warp, pick, unwarped_log_prob};
@@ -49,11 +49,13 @@ pub(super) struct Sampling {
     pub score: bool,
     /// Whether the distributions of all steps are kept ([`Beams::following`]).
     pub keep: bool,
+    /// How the model reads the text.
+    pub reader: Reader,
 }
 
 impl Sampling {
     /// How a draft samples beams; at temperature 0 it searches.
-    pub fn of_draft(settings: &Settings) -> Self {
+    pub fn of_draft(settings: &Settings, reader: Reader) -> Self {
         Sampling {
             warp: settings.warp.for_draft(),
             width: settings.beam_width,
@@ -61,12 +63,13 @@ impl Sampling {
             with_replacement: settings.with_replacement,
             score: false,
             keep: false,
+            reader,
         }
     }
 
     /// How the target samples beams of its own: as a draft would, with scores if they are wanted.
     pub fn of_target(settings: &Settings) -> Self {
-        Sampling { score: settings.score, ..Self::of_draft(settings) }
+        Sampling { score: settings.score, ..Self::of_draft(settings, Reader::Target) }
     }
 
     fn largest(&self) -> Option<usize> {
@@ -136,7 +139,7 @@ impl Beams {
     ) -> Result<()> {
         let want = want(&how.warp, lm, vocab, how.largest(), how.score);
         let nodes = self.nodes.iter().map(|node| (node.token, node.parent));
-        let rows = eval_after(lm, text, nodes, later, want)?;
+        let rows = eval_after(lm, how.reader, text, nodes, later, want)?;
         self.pending = rows.row(0).0;
         self.first = 0;
         let first = self.pending as usize;

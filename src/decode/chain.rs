@@ -2,7 +2,7 @@
 //! target: what speculative sampling, typical acceptance and BiLD share. They differ in the test
 //! that a token must pass.
 
-use super::{Block, Kept, Phase, Round, draft_of, eval_chain, verify_chain, want};
+use super::{Block, Kept, Phase, Round, draft_of, eval_draft, verify_chain, want};
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Row, Token};
 use crate::sampling::{Distribution, Path, Rng};
@@ -23,8 +23,8 @@ impl Chain {
     /// Draws up to `round.gamma` tokens; at temperature 0 takes the most probable ones. Ends before
     /// a token where no probability reaches `least`.
     fn draft(&mut self, round: &mut Round<'_>, least: f64) -> Result<()> {
-        let (text, gamma, vocab) = (round.text, round.gamma, round.models.vocab());
-        let warp = &round.settings.warp;
+        let (text, gamma, vocab) = (round.text, round.gamma, round.models.shared());
+        let (warp, reader) = (&round.settings.warp, round.models.draft_reader());
         let q_warp = warp.for_draft();
         let draft = draft_of(&mut round.models, round.settings.strategy)?;
         let want = want(&q_warp, draft, vocab, warp.is_greedy().then_some(1), false);
@@ -32,7 +32,7 @@ impl Chain {
         self.tokens.clear();
         for i in 0..gamma {
             let output = if i == 0 {
-                let rows = eval_chain(draft, text, &[], gamma - 1, want)?;
+                let rows = eval_draft(draft, reader, text, gamma - 1, want)?;
                 self.pending = rows.row(0).0;
                 rows.get(0)
             } else {

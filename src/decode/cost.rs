@@ -48,13 +48,15 @@ impl CostTable {
     /// # Errors
     /// What the models report; [`Error::Invalid`] without a draft.
     pub fn measure(models: &mut Models<'_>, token: Token, warp: &Warp) -> Result<Self> {
-        let vocab = models.vocab();
+        let (vocab, shared) = (models.vocab(), models.shared());
+        let reader = models.draft_reader();
         let q_warp = warp.for_draft();
         let target = seconds(models.target, &Self::TARGET_ROWS, token, vocab, warp, None)?;
         let draft = super::draft_of(models, super::Strategy::Auto)?;
         let widest = Self::DRAFT_ROWS[Self::DRAFT_ROWS.len() - 1];
         let largest = warp.is_greedy().then_some(widest);
-        let draft = seconds(draft, &Self::DRAFT_ROWS, token, vocab, &q_warp, Some(largest))
+        let token = reader.read(&[token])[0];
+        let draft = seconds(draft, &Self::DRAFT_ROWS, token, shared, &q_warp, Some(largest))
             .map_err(Error::of_draft)?;
         Self::new(target, draft)
     }

@@ -199,14 +199,16 @@ impl Decoding {
 
         let reused = models.target.committed();
         let [target_pieces, draft_pieces] = self.pieces;
-        let mut filled = fill(models.target, &prompt[..last], target_pieces, &self.stop);
+        let reader = models.draft_reader();
+        let seen = &prompt[..last];
+        let mut filled = fill(models.target, seen, target_pieces, &self.stop);
         self.prefill = Prefill { reused, evaluated: models.target.committed() - reused };
         if let Some(draft) = &mut models.draft
             && filled.is_ok()
             && drafts
             && prompt.len() <= draft.capacity()
         {
-            filled = fill(&mut **draft, &prompt[..last], draft_pieces, &self.stop);
+            filled = fill(&mut **draft, &reader.read(seen), draft_pieces, &self.stop);
         }
         self.timeline.stop();
         filled?;
@@ -245,11 +247,12 @@ impl Decoding {
             self.timeline.enter(Phase::Prefill);
             fill(models.target, before, target_pieces, &self.stop)?;
         }
+        let reader = models.draft_reader();
         if let Some(draft) = models.draft.as_mut().filter(|_| with_draft)
             && behind(&**draft, draft_pieces)
         {
             self.timeline.enter(Phase::Prefill);
-            fill(&mut **draft, before, draft_pieces, &self.stop)?;
+            fill(&mut **draft, &reader.read(before), draft_pieces, &self.stop)?;
         }
         Ok(())
     }

@@ -79,9 +79,10 @@ impl Algorithm for Dsbd {
         let settings = round.settings;
 
         round.timeline.enter(Phase::Draft);
+        let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
-        let how = Sampling { keep: true, ..Sampling::of_draft(settings) };
-        let sampled = self.beams.sample(draft, text, vocab, gamma, &how, round.rng);
+        let how = Sampling { keep: true, ..Sampling::of_draft(settings, reader) };
+        let sampled = self.beams.sample(draft, text, shared, gamma, &how, round.rng);
         sampled.map_err(Error::of_draft)?;
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));

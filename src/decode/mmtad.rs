@@ -42,9 +42,10 @@ impl Algorithm for Mmtad {
         let settings = round.settings;
 
         round.timeline.enter(Phase::Draft);
+        let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
-        let how = Sampling::of_draft(settings);
-        let sampled = self.beams.sample(draft, text, vocab, gamma, &how, round.rng);
+        let how = Sampling::of_draft(settings, reader);
+        let sampled = self.beams.sample(draft, text, shared, gamma, &how, round.rng);
         sampled.map_err(Error::of_draft)?;
         let best = self.beams.path(self.beams.best().node);
 

@@ -30,6 +30,7 @@ mod strategy;
 mod timeline;
 mod typical;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 pub use auto::{Auto, Choice, Decisions};
@@ -141,23 +142,48 @@ impl Settings {
     }
 }
 
+/// Which tokens the models of a pair have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// Tokens of the target. What its rows have beyond is padding, which is never drawn.
+    pub tokens: usize,
+    /// How many of them, from the first on, are the same tokens in the draft: it drafts these
+    /// alone, while the target draws from all of its own.
+    pub shared: usize,
+    /// What the draft reads in the place of a token that is not shared; a shared one.
+    pub stand_in: Token,
+}
+
 /// The models that decode together. They belong to the caller and are lent to each call.
 pub struct Models<'a> {
     /// Whose text it is.
     pub target: &'a mut dyn Lm,
     /// Proposes tokens; needed by strategies that draft.
     pub draft: Option<&'a mut dyn Lm>,
+    vocabulary: Vocabulary,
 }
 
 impl<'a> Models<'a> {
-    /// A pair.
+    /// A pair of one vocabulary: where rows of the one are longer, that is padding.
     pub fn pair(target: &'a mut dyn Lm, draft: &'a mut dyn Lm) -> Self {
-        Models { target, draft: Some(draft) }
+        let tokens = target.vocab_size().min(draft.vocab_size());
+        let vocabulary = Vocabulary { tokens, shared: tokens, stand_in: 0 };
+        Models { target, draft: Some(draft), vocabulary }
     }
 
-    /// A target alone.
+    /// A target alone, all of whose rows are tokens.
     pub fn alone(target: &'a mut dyn Lm) -> Self {
-        Models { target, draft: None }
+        let tokens = target.vocab_size();
+        let vocabulary = Vocabulary { tokens, shared: tokens, stand_in: 0 };
+        Models { target, draft: None, vocabulary }
+    }
+
+    /// The same models with what is known of their vocabularies, as far as their rows go.
+    pub fn with_vocabulary(mut self, vocabulary: Vocabulary) -> Self {
+        let tokens = vocabulary.tokens.min(self.target.vocab_size());
+        let most = self.draft.as_ref().map_or(tokens, |draft| tokens.min(draft.vocab_size()));
+        self.vocabulary = Vocabulary { tokens, shared: vocabulary.shared.min(most), ..vocabulary };
+        self
     }
 
     /// The same models, lent on for a shorter time.
@@ -168,13 +194,45 @@ impl<'a> Models<'a> {
                 Some(draft) => Some(&mut **draft),
                 None => None,
             },
+            vocabulary: self.vocabulary,
         }
     }
 
-    /// Tokens that both models know: rows of the one may be longer, by padding at their end.
+    /// Tokens of the target: what it draws from.
     pub fn vocab(&self) -> usize {
-        let target = self.target.vocab_size();
-        self.draft.as_ref().map_or(target, |draft| target.min(draft.vocab_size()))
+        self.vocabulary.tokens
+    }
+
+    /// Tokens that the draft has too: what it drafts.
+    pub fn shared(&self) -> usize {
+        self.vocabulary.shared
+    }
+
+    /// How the draft reads a text.
+    fn draft_reader(&self) -> Reader {
+        Reader::Draft { shared: self.vocabulary.shared, stand_in: self.vocabulary.stand_in }
+    }
+}
+
+/// How a model reads a text of the target's tokens.
+#[derive(Debug, Clone, Copy)]
+enum Reader {
+    /// As it is.
+    Target,
+    /// With another token for those that it does not have. What it drafts is the worse for that,
+    /// but whether it is accepted is decided by the target.
+    Draft { shared: usize, stand_in: Token },
+}
+
+impl Reader {
+    fn read(self, text: &[Token]) -> Cow<'_, [Token]> {
+        match self {
+            Reader::Draft { shared, stand_in } if text.iter().any(|&t| t as usize >= shared) => {
+                let known = |&t: &Token| if (t as usize) < shared { t } else { stand_in };
+                text.iter().map(known).collect()
+            }
+            _ => Cow::Borrowed(text),
+        }
     }
 }
 
@@ -293,6 +351,7 @@ impl<'a> Rows<'a> {
 /// nodes return `want`. `later` is how many rows more the tree will have to hold.
 fn eval_after<'a>(
     lm: &'a mut dyn Lm,
+    reader: Reader,
     text: &[Token],
     nodes: impl ExactSizeIterator<Item = (Token, Option<usize>)>,
     later: usize,
@@ -301,9 +360,9 @@ fn eval_after<'a>(
     let last = text.len() - 1;
     let done = lm.committed();
     if text.len() - done + nodes.len() + later > MAX_TREE {
-        extend(lm, &text[done..last])?;
+        extend(lm, &reader.read(&text[done..last]))?;
     }
-    let unseen = &text[lm.committed()..];
+    let unseen = reader.read(&text[lm.committed()..]);
     let pending = unseen.len() - 1;
     let mut batch = Batch::new();
     for (i, &token) in unseen.iter().enumerate() {
@@ -317,16 +376,15 @@ fn eval_after<'a>(
     Ok(Rows { outputs: lm.eval(&batch)?, pending })
 }
 
-/// The same for a chain.
-fn eval_chain<'a>(
-    lm: &'a mut dyn Lm,
+/// The same for the draft and no nodes.
+fn eval_draft<'a>(
+    draft: &'a mut dyn Lm,
+    reader: Reader,
     text: &[Token],
-    chain: &[Token],
     later: usize,
     want: Want<'_>,
 ) -> Result<Rows<'a>> {
-    let nodes = chain.iter().enumerate().map(|(i, &token)| (token, i.checked_sub(1)));
-    eval_after(lm, text, nodes, later, want)
+    eval_after(draft, reader, text, std::iter::empty(), later, want)
 }
 
 /// The target's pass over drafted nodes, between the phases around it.
@@ -340,7 +398,7 @@ fn verify_nodes<'a>(
 ) -> Result<Rows<'a>> {
     timeline.enter(Phase::Verify);
     let want = want(&settings.warp, target, vocab, None, settings.score);
-    let rows = eval_after(target, text, nodes, 0, want)?;
+    let rows = eval_after(target, Reader::Target, text, nodes, 0, want)?;
     timeline.enter(Phase::Sample);
     Ok(rows)
 }

@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use super::{
-    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, eval_chain, verify_nodes,
+    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, eval_draft, verify_nodes,
     want,
 };
 use crate::error::{Error, Result};
@@ -115,8 +115,9 @@ impl Algorithm for SpecInfer {
 impl SpecInfer {
     /// Draws the tree; returns the pending token's row. Nodes lie behind it in their order.
     fn draft(&mut self, round: &mut Round<'_>) -> Result<u32> {
-        let (text, vocab, settings) = (round.text, round.models.vocab(), round.settings);
+        let (text, vocab, settings) = (round.text, round.models.shared(), round.settings);
         let (warp, q_warp) = (&settings.warp, settings.warp.for_draft());
+        let reader = round.models.draft_reader();
         let branching = &settings.branching[..round.gamma];
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let most = branching.iter().copied().max();
@@ -124,7 +125,7 @@ impl SpecInfer {
         self.nodes.clear();
         let inner = nodes_of(&branching[..branching.len() - 1]);
         self.q.resize_with((inner + 1).max(self.q.len()), Distribution::default);
-        let rows = eval_chain(draft, text, &[], inner, want)?;
+        let rows = eval_draft(draft, reader, text, inner, want)?;
         let pending = rows.row(0).0;
         self.q[0].fill(rows.get(0), vocab, &q_warp, Path { text, branch: &[] })?;
         self.roots = self.grow(None, branching[0], settings, round.rng);

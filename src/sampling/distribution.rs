@@ -79,6 +79,7 @@ impl Distribution {
         self.recent.clear();
         if warp.repeat_penalty != 1.0 {
             path.recent(warp.repeat_last_n, &mut self.recent);
+            self.recent.retain(|&token| (token as usize) < logits.len());
         }
         let penalised = |x: f32| {
             if x > 0.0 { x / warp.repeat_penalty } else { x * warp.repeat_penalty }
@@ -213,14 +214,16 @@ impl Distribution {
         }
     }
 
-    /// The probability of a token; 0 once it was removed.
+    /// The probability of a token; 0 once it was removed, and for one beyond the vocabulary that
+    /// the row was taken for: a draft may have fewer tokens than its target.
     pub fn prob(&self, token: Token) -> f64 {
-        f64::from(self.weights[token as usize]) / self.total
+        self.weights.get(token as usize).map_or(0.0, |&w| f64::from(w) / self.total)
     }
 
     /// ln of [`Distribution::prob`]; negative infinity for 0.
     pub fn log_prob(&self, token: Token) -> f64 {
-        f64::from(self.weights[token as usize]).ln() - self.total.ln()
+        let weight = self.weights.get(token as usize).map_or(0.0, |&w| f64::from(w));
+        weight.ln() - self.total.ln()
     }
 
     /// The probability of all tokens that were not removed.

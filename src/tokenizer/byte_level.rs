@@ -1,12 +1,15 @@
-//! Byte-level BPE: text is cut into words by a pattern, the bytes of a word are written as
-//! printable characters, and merges are applied in the order in which training found them.
+//! BPE with listed merges: text is cut into words (`pre_tokenizer.rs`), the bytes of a word are
+//! written as printable characters, and merges are applied in the order in which training found
+//! them. A few vocabularies (Gemma 4) merge text instead of bytes, with `▁` for a space, and write
+//! bytes only for what no token spells.
 
 use ahash::{AHashMap, AHashSet};
 use tokenizers::Model;
 use tokenizers::models::bpe::BPE;
-use tokenizers::utils::SysRegex;
 
-use super::vocab::Vocab;
+use super::pre_tokenizer::{PreTokenizer, Spelling};
+use super::sentencepiece::{at_spaces, splits_at_spaces};
+use super::vocab::{SPACE, Vocab, byte_of};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, ValueType};
 
@@ -60,177 +63,143 @@ pub(super) fn put_bytes(text: &str, out: &mut Vec<u8>) {
     }
 }
 
-/// GPT-2's words, without the look-ahead of its last alternatives `\s+(?!\S)|\s+`:
-/// [`Words::split`] does what that does, so that matching takes linear time and hits no limit.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+";
+/// Words that are remembered while a text is encoded: longer ones hardly come again.
+const MAX_KNOWN: usize = 48;
 
-/// Llama 3's words, with the same change.
-const LLAMA3: &str = concat!(
-    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]",
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-);
-
-/// Qwen2's words, which are Llama 3's but for digits: each is a word.
-const QWEN2: &str = concat!(
-    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]",
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-);
-
-/// How text is cut into words before merging (`tokenizer.ggml.pre`).
-#[derive(Debug)]
-struct PreTokenizer {
-    words: Words,
-    /// What a file gets that names none: words within and between runs of punctuation, numbers
-    /// apart from the space before them and in groups of three.
-    default: Option<Box<DefaultCuts>>,
-}
-
-#[derive(Debug)]
-struct DefaultCuts {
-    punctuation: SysRegex,
-    numbers: SysRegex,
-    triples: SysRegex,
-}
-
-/// A pattern whose alternatives cover every character.
-#[derive(Debug)]
-struct Words {
-    regex: SysRegex,
-    /// White space that ends in a line's end is a word of its own kind and is kept whole.
-    keeps_line_ends: bool,
-}
-
-impl PreTokenizer {
-    /// The pre-tokenizer that the file names, and whether it is Llama 3's.
-    fn read(gguf: &Gguf) -> Result<(Self, bool)> {
-        let regex = |pattern: &str| {
-            SysRegex::new(pattern)
-                .map_err(|e| Error::invalid(format!("pre-tokenizer `{pattern}`: {e}")))
-        };
-        let words = |pattern: &str, keeps_line_ends| {
-            Ok::<_, Error>(Words { regex: regex(pattern)?, keeps_line_ends })
-        };
-        match gguf.get_str("tokenizer.ggml.pre")? {
-            None | Some("" | "default") => {
-                let cuts = DefaultCuts {
-                    punctuation: regex(r"[\p{P}$+<=>^~|]+")?,
-                    numbers: regex(r"\p{N}+")?,
-                    triples: regex("[0-9][0-9][0-9]")?,
-                };
-                let words = words(GPT2, false)?;
-                Ok((PreTokenizer { words, default: Some(Box::new(cuts)) }, false))
-            }
-            Some("gpt-2") => {
-                Ok((PreTokenizer { words: words(GPT2, false)?, default: None }, false))
-            }
-            Some("llama-bpe" | "llama3" | "llama-v3") => {
-                Ok((PreTokenizer { words: words(LLAMA3, true)?, default: None }, true))
-            }
-            Some("qwen2") => {
-                Ok((PreTokenizer { words: words(QWEN2, true)?, default: None }, false))
-            }
-            Some(other) => Err(Error::unsupported(
-                gguf.name(),
-                format!(
-                    "pre-tokenizer {other:?} (`tokenizer.ggml.pre`) is not supported; \
-                     `default`, `llama-bpe` (`llama3`, `llama-v3`), `qwen2` and `gpt-2` are"
-                ),
-            )),
-        }
-    }
-
-    /// Gives every word of `text` to `take`, in order and without gaps.
-    fn split(&self, text: &str, take: &mut impl FnMut(&str)) {
-        let Some(cuts) = &self.default else { return self.words.split(text, take) };
-        isolate(&cuts.punctuation, text, &mut |part: &str| {
-            self.words.split(part, &mut |word: &str| {
-                if word.ends_with(char::is_numeric) {
-                    isolate(&cuts.numbers, word, &mut |part: &str| {
-                        isolate(&cuts.triples, part, take);
-                    });
-                } else {
-                    take(word);
-                }
-            });
-        });
-    }
-}
-
-/// Cuts `text` at both ends of every match.
-fn isolate(regex: &SysRegex, text: &str, take: &mut impl FnMut(&str)) {
-    let mut done = 0;
-    for (start, end) in regex.find_iter(text) {
-        if done < start {
-            take(&text[done..start]);
-        }
-        take(&text[start..end]);
-        done = end;
-    }
-    if done < text.len() {
-        take(&text[done..]);
-    }
-}
-
-impl Words {
-    /// Cuts `text` into matches.
-    ///
-    /// White space in front of a word gives its last character back, so that the word can take
-    /// it. Only `\s+` ends in white space, or, where line ends are kept, in other white space
-    /// than those: the last character tells that it was this alternative which matched.
-    fn split(&self, text: &str, take: &mut impl FnMut(&str)) {
-        let mut rest = text;
-        while let Some((_, mut end)) = self.regex.find_iter(rest).next() {
-            let last = rest[..end].chars().next_back().unwrap_or('x');
-            let is_space =
-                last.is_whitespace() && !(self.keeps_line_ends && matches!(last, '\r' | '\n'));
-            if is_space && end < rest.len() && end > last.len_utf8() {
-                end -= last.len_utf8();
-            }
-            let (word, after) = rest.split_at(end);
-            take(word);
-            rest = after;
-        }
-        if !rest.is_empty() {
-            take(rest);
-        }
-    }
-}
+/// So many words are remembered, so that memory stays bounded.
+const MAX_WORDS: usize = 1 << 16;
 
 /// The merges and the way to the words that they apply to.
 #[derive(Debug)]
 pub(super) struct ByteLevel {
     pre: PreTokenizer,
     bpe: BPE,
-    pub is_llama3: bool,
+    /// Of texts that are spelled as text.
+    text: Option<Box<TextSpelling>>,
+}
+
+/// What is particular to vocabularies whose tokens are text rather than spelled bytes.
+#[derive(Debug)]
+struct TextSpelling {
+    /// Runs of line ends that are tokens.
+    lines: AHashMap<String, u32>,
+    /// The characters that are tokens. Merges go up to those that are not.
+    chars: AHashSet<char>,
+    /// The tokens of single bytes, as far as there are any.
+    bytes: [Option<u32>; 256],
+    /// Whether no token has a `▁` behind another character. Then no merge crosses the start of a
+    /// run of spaces, and words can be looked up one by one.
+    splits_at_spaces: bool,
 }
 
 impl ByteLevel {
-    pub fn build(gguf: &Gguf, vocab: &Vocab) -> Result<Self> {
-        // First, because it is cheap and says most when it fails.
-        let (pre, is_llama3) = PreTokenizer::read(gguf)?;
+    pub fn build(gguf: &Gguf, vocab: &Vocab, pre: PreTokenizer) -> Result<Self> {
         let ids = vocab.ids(|_| true);
         let merges = read_merges(gguf, &ids)?;
-        let mut builder =
-            BPE::builder().vocab_and_merges(ids, merges).ignore_merges(is_llama3).fuse_unk(true);
-        if let Some(unk) = vocab.unk.and_then(|id| vocab.text(id)).filter(|text| !text.is_empty()) {
+        let is_text = pre.spelling == Spelling::Text;
+        let text = is_text.then(|| Box::new(TextSpelling::new(vocab, &ids, pre.whole_lines)));
+        let mut builder = BPE::builder()
+            .vocab_and_merges(ids, merges)
+            .ignore_merges(pre.whole_words)
+            .fuse_unk(true);
+        // Text has bytes for what is unknown.
+        let unk = vocab.unk.filter(|_| !is_text);
+        if let Some(unk) = unk.and_then(|id| vocab.text(id)).filter(|text| !text.is_empty()) {
             builder = builder.unk_token(unk.to_owned());
         }
         let bpe =
             builder.build().map_err(|e| Error::format(gguf.name(), format!("merges: {e}")))?;
-        Ok(ByteLevel { pre, bpe, is_llama3 })
+        Ok(ByteLevel { pre, bpe, text })
     }
 
     /// Appends the ids of `text`, which holds no special token. Bytes that the vocabulary lacks
     /// become the unknown token, or nothing where there is none.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
+        // The place in `ids` of every word that came before.
+        let mut known: AHashMap<&str, (usize, usize)> = AHashMap::new();
         let mut spelled = String::new();
-        self.pre.split(text, &mut |word: &str| {
-            spelled.clear();
-            spelled.extend(word.bytes().map(|byte| ALPHABET[byte as usize]));
-            // Fails only for an unknown token outside the vocabulary, which `build` rules out.
-            let tokens = self.bpe.tokenize(&spelled).unwrap_or_default();
-            ids.extend(tokens.iter().map(|token| token.id));
+        let spaced: String;
+        let text = match self.text {
+            Some(_) => {
+                spaced = text.replace(' ', SPACE.encode_utf8(&mut [0; 4]));
+                &spaced
+            }
+            None => text,
+        };
+        self.pre.split(text, &mut |word| {
+            let mut encode = |word| {
+                if let Some(&(start, end)) = known.get(word) {
+                    return ids.extend_from_within(start..end);
+                }
+                let start = ids.len();
+                self.encode_word(word, &mut spelled, ids);
+                if word.len() <= MAX_KNOWN && known.len() < MAX_WORDS {
+                    known.insert(word, (start, ids.len()));
+                }
+            };
+            match &self.text {
+                Some(text) if text.splits_at_spaces => at_spaces(word, encode),
+                _ => encode(word),
+            }
         });
+    }
+
+    fn encode_word(&self, word: &str, spelled: &mut String, ids: &mut Vec<u32>) {
+        match &self.text {
+            Some(text) => text.encode(word, ids, |part, ids| self.merge(part, ids)),
+            None => {
+                spelled.clear();
+                spelled.extend(word.bytes().map(|byte| ALPHABET[byte as usize]));
+                self.merge(spelled, ids);
+            }
+        }
+    }
+
+    fn merge(&self, spelled: &str, ids: &mut Vec<u32>) {
+        // Fails only for an unknown token outside the vocabulary, which `build` rules out.
+        let tokens = self.bpe.tokenize(spelled).unwrap_or_default();
+        ids.extend(tokens.iter().map(|token| token.id));
+    }
+}
+
+impl TextSpelling {
+    fn new(vocab: &Vocab, ids: &AHashMap<String, u32>, whole_lines: bool) -> Self {
+        let is_lines = |text: &str| text.chars().all(|c| c == '\n');
+        let lines = ids.iter().filter(|(text, _)| whole_lines && is_lines(text));
+        let single = |text: &String| {
+            let mut chars = text.chars();
+            chars.next().filter(|_| chars.next().is_none())
+        };
+        let mut bytes = [None; 256];
+        for (id, text, _) in vocab.iter() {
+            if let Some(byte) = byte_of(text) {
+                bytes[byte as usize].get_or_insert(id);
+            }
+        }
+        TextSpelling {
+            lines: lines.map(|(text, &id)| (text.clone(), id)).collect(),
+            chars: ids.keys().filter_map(single).collect(),
+            bytes,
+            splits_at_spaces: splits_at_spaces(ids),
+        }
+    }
+
+    /// Appends the ids of a word, of which `merge` encodes the parts that have tokens.
+    fn encode(&self, word: &str, ids: &mut Vec<u32>, merge: impl Fn(&str, &mut Vec<u32>)) {
+        if let Some(&id) = self.lines.get(word) {
+            return ids.push(id);
+        }
+        let mut start = 0;
+        for (at, c) in word.char_indices().filter(|(_, c)| !self.chars.contains(c)) {
+            if start < at {
+                merge(&word[start..at], ids);
+            }
+            start = at + c.len_utf8();
+            ids.extend(word[at..start].bytes().filter_map(|byte| self.bytes[byte as usize]));
+        }
+        if start < word.len() {
+            merge(&word[start..], ids);
+        }
     }
 }
 
@@ -279,20 +248,6 @@ fn read_merges(gguf: &Gguf, ids: &AHashMap<String, u32>) -> Result<Vec<(String, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gguf::Writer;
-
-    fn pre_tokenizer(name: &str) -> PreTokenizer {
-        let mut writer = Writer::new();
-        writer.set("tokenizer.ggml.pre", name);
-        PreTokenizer::read(&Gguf::from_vec("test.gguf", writer.to_vec()).unwrap()).unwrap().0
-    }
-
-    fn split(pre: &PreTokenizer, text: &str) -> Vec<String> {
-        let mut words = Vec::new();
-        pre.split(text, &mut |word: &str| words.push(word.to_owned()));
-        assert_eq!(words.concat(), text);
-        words
-    }
 
     #[test]
     fn the_alphabet_goes_both_ways() {
@@ -302,80 +257,5 @@ mod tests {
             assert_eq!(out, [byte]);
         }
         assert_eq!((ALPHABET[b' ' as usize], ALPHABET[b'\n' as usize]), ('Ġ', 'Ċ'));
-    }
-
-    #[test]
-    fn spaces_go_to_the_word_behind_them() {
-        let [gpt2, llama3, qwen2] = ["gpt-2", "llama-bpe", "qwen2"].map(pre_tokenizer);
-        let text = "I'll  go\n\n now,\t\t12345   ";
-        let words = ["I", "'ll", " ", " go", "\n\n", " now", ",", "\t", "\t", "12345", "   "];
-        assert_eq!(split(&gpt2, text), words);
-        let words = ["I", "'ll", " ", " go", "\n\n", " now", ",", "\t", "\t", "123", "45", "   "];
-        assert_eq!(split(&llama3, text), words);
-        let words = [
-            "I", "'ll", " ", " go", "\n\n", " now", ",", "\t", "\t", "1", "2", "3", "4", "5", "   ",
-        ];
-        assert_eq!(split(&qwen2, text), words);
-        assert_eq!(split(&gpt2, "\n\nx"), ["\n", "\n", "x"]);
-        assert_eq!(split(&llama3, "\n\nx"), ["\n\n", "x"]);
-        assert_eq!(split(&llama3, " \n  x!\n\ny'S"), [" \n", " ", " x", "!\n\n", "y", "'S"]);
-    }
-
-    #[test]
-    fn the_default_cuts_punctuation_and_numbers_apart() {
-        let words = ["don", "'", "t", " ", "123", "4", " a", " ", "+=", "  ", "...", "½", "x"];
-        assert_eq!(split(&pre_tokenizer("default"), "don't 1234 a +=  ...½x"), words);
-    }
-
-    /// Applies patterns one after another, each within the parts that the one before it left.
-    fn split_by_all(patterns: &[SysRegex], text: &str) -> Vec<String> {
-        let mut parts = vec![text.to_owned()];
-        for pattern in patterns {
-            let mut cut = Vec::new();
-            for part in &parts {
-                isolate(pattern, part, &mut |word: &str| cut.push(word.to_owned()));
-            }
-            parts = cut;
-        }
-        parts
-    }
-
-    #[test]
-    fn words_are_those_of_the_published_patterns() {
-        const GPT2: &str =
-            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-        const LLAMA3: &str = concat!(
-            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|",
-            r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        );
-        const QWEN2: &str = concat!(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
-            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        );
-        const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"];
-        const BITS: [&str; 30] = [
-            " ", "  ", "   ", "\t", "\n", "\r\n", "\u{a0}", "\u{2003}", "a", "Wörter", "かな",
-            "'s", "'", "'LL", "1", "23", "4567", "½", "٣", "!", "...", "+=", "$", "_", "🦙",
-            "\u{301}", "ª", "`", "^", "x",
-        ];
-        let published: [(&str, &[&str]); 4] = [
-            ("gpt-2", &[GPT2]),
-            ("llama-bpe", &[LLAMA3]),
-            ("qwen2", &[QWEN2]),
-            ("default", &DEFAULT),
-        ];
-        for (name, patterns) in published {
-            let pre = pre_tokenizer(name);
-            let patterns: Vec<_> = patterns.iter().map(|p| SysRegex::new(p).unwrap()).collect();
-            let mut state = 1u64;
-            for _ in 0..5000 {
-                let mut text = String::new();
-                for _ in 0..12 {
-                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
-                    text.push_str(BITS[(state >> 33) as usize % BITS.len()]);
-                }
-                assert_eq!(split(&pre, &text), split_by_all(&patterns, &text), "{name}: {text:?}");
-            }
-        }
     }
 }

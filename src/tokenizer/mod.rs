@@ -1,23 +1,26 @@
 //! Text to tokens and back, by the vocabulary in a GGUF file.
 //!
 //! Two families are read: `llama` (SentencePiece, `sentencepiece.rs`) and `gpt2` (byte-level BPE,
-//! `byte_level.rs`). The crate `tokenizers` does the merging. What GGUF and llama.cpp lay down
+//! `byte_level.rs`, of words as `pre_tokenizer.rs` cuts them). The crate `tokenizers` does the merging. What GGUF and llama.cpp lay down
 //! around it is here: what the metadata means (`vocab.rs`), which tokens are taken whole
 //! (`special.rs`), where spaces are added, and how tokens become text again (`stream.rs`). Ids are
 //! those that llama.cpp gives for the same file and text.
 
 mod byte_level;
+mod pre_tokenizer;
 mod sentencepiece;
 mod special;
 mod stream;
 mod vocab;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
 use byte_level::ByteLevel;
+use pre_tokenizer::{PreTokenizer, Spelling};
 use sentencepiece::SentencePiece;
 use special::{Part, SpecialTokens};
 use vocab::Vocab;
@@ -48,6 +51,7 @@ struct Rules {
     special: SpecialTokens,
     model: Model,
     add_bos: bool,
+    notes: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -63,44 +67,60 @@ impl Tokenizer {
     /// [`Error::Unsupported`] for a tokenizer or a pre-tokenizer that this version does not do,
     /// by name; [`Error::Format`] for a vocabulary that does not hold together.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        const KEY: &str = "tokenizer.ggml.model";
-        let name = gguf.get_str(KEY)?.ok_or_else(|| {
-            let what = format!(
-                "has no tokenizer (metadata `{KEY}` is missing), so it can be given token ids but \
-                 no text; a file with the vocabulary is needed"
-            );
-            Error::format(gguf.name(), what)
-        })?;
-        let family = match name {
-            "llama" => Family::SentencePiece,
-            "gpt2" => Family::ByteLevel,
-            other => {
-                return Err(Error::unsupported(
-                    gguf.name(),
-                    format!(
-                        "tokenizer {other:?} (`{KEY}`) is not supported; `llama` (SentencePiece) \
-                         and `gpt2` (byte-level BPE) are"
-                    ),
-                ));
-            }
-        };
-        let vocab = Vocab::read(gguf, family)?;
-        let model = match family {
-            Family::SentencePiece => {
-                Model::SentencePiece(Box::new(SentencePiece::build(gguf, &vocab)?))
-            }
-            Family::ByteLevel => Model::ByteLevel(Box::new(ByteLevel::build(gguf, &vocab)?)),
-        };
-        let add_bos = gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(match &model {
-            Model::SentencePiece(_) => true,
-            Model::ByteLevel(model) => model.is_llama3,
-        });
+        Self::with_pre_tokenizer(gguf, None)
+    }
+
+    /// The same, cutting words as the pre-tokenizer of this name does, whatever the file names.
+    /// [`Tokenizer::pre_tokenizers`] has the names. Vocabularies of model `llama` have none, so that
+    /// a name is refused there.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a name that there is not; otherwise as [`Tokenizer::from_gguf`].
+    pub fn with_pre_tokenizer(gguf: &Gguf, name: Option<&str>) -> Result<Self> {
+        let mut notes = Vec::new();
+        // First, because it is cheap and says most when it fails.
+        let pre = pre_tokenizer_of(gguf, name, &mut notes)?;
+        let vocab = Vocab::read(gguf, family_of(pre.as_ref()), pre.is_none(), &mut notes)?;
         let special = SpecialTokens::new(gguf.name(), &vocab)?;
-        Ok(Tokenizer { vocab: Arc::new(vocab), rules: Arc::new(Rules { special, model, add_bos }) })
+        let (model, with_bos) = match pre {
+            None => {
+                let model = SentencePiece::build(gguf, &vocab, &mut notes)?;
+                (Model::SentencePiece(Box::new(model)), true)
+            }
+            Some(pre) => {
+                let with_bos = pre.with_bos;
+                (Model::ByteLevel(Box::new(ByteLevel::build(gguf, &vocab, pre)?)), with_bos)
+            }
+        };
+        let add_bos = gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(with_bos);
+        let rules = Rules { special, model, add_bos, notes };
+        Ok(Tokenizer { vocab: Arc::new(vocab), rules: Arc::new(rules) })
+    }
+
+    /// The names that `tokenizer.ggml.pre` may have, those that cut alike behind each other.
+    pub fn pre_tokenizers() -> impl Iterator<Item = &'static str> {
+        PreTokenizer::names()
+    }
+
+    /// What a person should know of the vocabulary: what the file does not say or says wrong, and
+    /// what was made of that.
+    pub fn notes(&self) -> &[String] {
+        &self.rules.notes
     }
 
     /// The tokens of `text`.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Vec<u32> {
+        self.encode_marked(text, options, None)
+    }
+
+    /// The same of a text in which the character `mark` may stand: names of tokens with a mark
+    /// within are not taken for those tokens, and marks are no part of the text.
+    pub(crate) fn encode_marked(
+        &self,
+        text: &str,
+        options: EncodeOptions,
+        mark: Option<char>,
+    ) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
         if options.bos {
             ids.extend(self.bos());
@@ -114,9 +134,16 @@ impl Tokenizer {
                     prefix = self.vocab.space_prefix;
                 }
                 Part::Text(range) => {
+                    let part = match mark {
+                        Some(mark) => Cow::Owned(text[range].replace(mark, "")),
+                        None => Cow::Borrowed(&text[range]),
+                    };
+                    if part.is_empty() {
+                        continue;
+                    }
                     match &self.rules.model {
-                        Model::SentencePiece(model) => model.encode(&text[range], prefix, &mut ids),
-                        Model::ByteLevel(model) => model.encode(&text[range], &mut ids),
+                        Model::SentencePiece(model) => model.encode(&part, prefix, &mut ids),
+                        Model::ByteLevel(model) => model.encode(&part, &mut ids),
                     }
                     prefix = false;
                 }
@@ -157,6 +184,12 @@ impl Tokenizer {
         self.vocab.len()
     }
 
+    /// Whether tokens begin with two of [`Tokenizer::bos`], which models have not seen in training:
+    /// the text had the name of one, and another was put before it.
+    pub fn doubles_bos(&self, ids: &[u32]) -> bool {
+        matches!((self.vocab.bos, ids), (Some(bos), &[a, b, ..]) if a == bos && b == bos)
+    }
+
     /// Whether the model expects prompts to begin with [`Tokenizer::bos`].
     pub fn add_bos(&self) -> bool {
         self.rules.add_bos && self.vocab.bos.is_some()
@@ -182,6 +215,14 @@ impl Tokenizer {
         self.vocab.is_end(id)
     }
 
+    /// The names of all tokens that are taken for them only where [`EncodeOptions::special`] is set.
+    pub fn control_names(&self) -> impl Iterator<Item = &str> {
+        let tokens = self.vocab.iter().filter(|&(id, text, kind)| {
+            kind.is_special() && !text.is_empty() && !self.vocab.is_bytes(id)
+        });
+        tokens.map(|(_, text, _)| text)
+    }
+
     /// A token as the vocabulary writes it; empty for an id outside.
     pub fn token(&self, id: u32) -> &str {
         self.vocab.text(id).unwrap_or_default()
@@ -200,8 +241,9 @@ impl Tokenizer {
         bytes
     }
 
-    /// The first token whose text or type `other` does not share. Tokens that only the longer
-    /// vocabulary has do not count: models are padded to round sizes.
+    /// The first token whose text `other` does not share. Types do not count: files of one model
+    /// disagree about them. Nor do tokens that only the longer vocabulary has: models are padded to
+    /// round sizes, and tuning adds control tokens.
     pub fn first_difference(&self, other: &Tokenizer) -> Option<Difference> {
         self.vocab.first_difference(&other.vocab)
     }
@@ -217,9 +259,108 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Vocabulary`] with the first token that differs.
     pub fn check_draft(&self, draft: &Tokenizer) -> Result<usize> {
-        match self.first_difference(draft) {
+        self.check(&draft.vocab)
+    }
+
+    /// The same for the vocabulary of a draft's file, of which no text has to be tokenized: neither
+    /// its pre-tokenizer nor its merges have to be known.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::check_draft`], and as [`Tokenizer::from_gguf`].
+    pub fn check_draft_file(&self, draft: &Gguf) -> Result<usize> {
+        let model = draft.get_str(MODEL)?.ok_or_else(|| no_tokenizer(draft))?;
+        let family = match (model, draft.get_str(PRE)?.and_then(PreTokenizer::named)) {
+            ("gpt2", None) => Family::ByteLevel,
+            ("gpt2", pre) => family_of(pre.as_ref()),
+            _ => Family::SentencePiece,
+        };
+        if family != self.family() {
+            return Err(Error::Vocabulary(format!(
+                "{}: its tokenizer is of model {model:?}, which spells text in another way than the \
+                 target's",
+                draft.name()
+            )));
+        }
+        self.check(&Vocab::read(draft, self.family(), false, &mut Vec::new())?)
+    }
+
+    fn check(&self, draft: &Vocab) -> Result<usize> {
+        match self.vocab.first_difference(draft) {
             Some(difference) => Err(Error::Vocabulary(difference.to_string())),
-            None => Ok(self.shared_len(draft)),
+            None => Ok(self.len().min(draft.len())),
         }
     }
+}
+
+const MODEL: &str = "tokenizer.ggml.model";
+const PRE: &str = "tokenizer.ggml.pre";
+
+fn no_tokenizer(gguf: &Gguf) -> Error {
+    let what = format!(
+        "has no tokenizer (metadata `{MODEL}` is missing), so it can be given token ids but no \
+         text; a file with the vocabulary is needed"
+    );
+    Error::format(gguf.name(), what)
+}
+
+fn family_of(pre: Option<&PreTokenizer>) -> Family {
+    match pre {
+        Some(pre) if pre.spelling == Spelling::Bytes => Family::ByteLevel,
+        _ => Family::SentencePiece,
+    }
+}
+
+/// The pre-tokenizer that a file names, or the one of this name; `None` for a vocabulary that
+/// needs none.
+fn pre_tokenizer_of(
+    gguf: &Gguf,
+    name: Option<&str>,
+    notes: &mut Vec<String>,
+) -> Result<Option<PreTokenizer>> {
+    let known = || PreTokenizer::names().collect::<Vec<_>>().join(", ");
+    let named = match gguf.get_str(MODEL)?.ok_or_else(|| no_tokenizer(gguf))? {
+        "llama" => match name {
+            None => return Ok(None),
+            Some(name) => {
+                return Err(Error::invalid(format!(
+                    "pre-tokenizer {name:?}: {} has a SentencePiece vocabulary, whose text is not \
+                     cut before merging; leave it out",
+                    gguf.name()
+                )));
+            }
+        },
+        "gpt2" => gguf.get_str(PRE)?.filter(|name| !name.is_empty()),
+        "gemma4" => Some("gemma4"),
+        other => {
+            return Err(Error::unsupported(
+                gguf.name(),
+                format!(
+                    "tokenizer {other:?} (`{MODEL}`) is not supported; `llama` (SentencePiece), \
+                     `gpt2` (byte-level BPE) and `gemma4` are"
+                ),
+            ));
+        }
+    };
+    if let Some(name) = name {
+        return PreTokenizer::named(name).map(Some).ok_or_else(|| {
+            Error::invalid(format!("there is no pre-tokenizer {name:?}; there are {}", known()))
+        });
+    }
+    let Some(name) = named else {
+        notes.push(format!(
+            "{}: `{PRE}` is missing; words are cut as `default` does, which is hardly what the \
+             model was trained with (name the right one with --pre-tokenizer, or convert the model \
+             anew)",
+            gguf.name()
+        ));
+        return Ok(PreTokenizer::named("default"));
+    };
+    PreTokenizer::named(name).map(Some).ok_or_else(|| {
+        let what = format!(
+            "pre-tokenizer {name:?} (`{PRE}`) is not known; say which of these cuts words as it \
+             does with --pre-tokenizer NAME: {}",
+            known()
+        );
+        Error::unsupported(gguf.name(), what)
+    })
 }

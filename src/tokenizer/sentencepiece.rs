@@ -4,7 +4,8 @@
 //! The file has scores but no merges. They follow from the vocabulary: every way to put a token
 //! together from two others is a merge, ordered by the token's score. Tokens of equal score are
 //! ordered by id, as in training; llama.cpp takes the leftmost in the text, which is the same for
-//! vocabularies that SentencePiece wrote.
+//! vocabularies that SentencePiece wrote. So a file that has lost its scores has lost little:
+//! SentencePiece writes tokens in their order.
 
 use ahash::AHashMap;
 use tokenizers::Model;
@@ -34,19 +35,22 @@ pub(super) struct SentencePiece {
 }
 
 impl SentencePiece {
-    pub fn build(gguf: &Gguf, vocab: &Vocab) -> Result<Self> {
-        let scores = read_scores(gguf, vocab.len())?;
+    /// Builds it; what a person should know is added to `notes`.
+    pub fn build(gguf: &Gguf, vocab: &Vocab, notes: &mut Vec<String>) -> Result<Self> {
+        let scores = read_scores(gguf, vocab.len())?.unwrap_or_else(|| {
+            notes.push(format!(
+                "{}: `tokenizer.ggml.scores` is missing; the order of the tokens stands for them",
+                gguf.name()
+            ));
+            vec![0.0; vocab.len()]
+        });
         let mergeable = |kind| {
             use TokenType::*;
             matches!(kind, Normal | UserDefined | Unused | Undefined)
         };
         let mut ids = vocab.ids(mergeable);
         let merges = derive_merges(gguf, &ids, &scores)?;
-        let splits_at_spaces = ids.contains_key(SPACE.to_string().as_str())
-            && !ids.keys().any(|text| {
-                let mut chars = text.chars().zip(text.chars().skip(1));
-                chars.any(|(before, c)| c == SPACE && before != SPACE)
-            });
+        let splits_at_spaces = splits_at_spaces(&ids);
 
         // The crate finds the byte tokens and the unknown one by their texts.
         let mut bytes = [false; 256];
@@ -56,20 +60,25 @@ impl SentencePiece {
                 bytes[byte as usize] = true;
             }
         }
-        let has_bytes = bytes.iter().all(|&is_there| is_there);
-        let mut builder = BPE::builder().fuse_unk(true).byte_fallback(has_bytes);
+        let missing = bytes.iter().filter(|&&is_there| !is_there).count();
+        let mut builder = BPE::builder().fuse_unk(true).byte_fallback(missing < 256);
         match vocab.unk.and_then(|id| Some((id, vocab.text(id)?))) {
             Some((id, text)) => {
                 ids.insert(text.to_owned(), id);
                 builder = builder.unk_token(text.to_owned());
             }
-            None if !has_bytes => {
+            None if missing == 256 => {
                 return Err(Error::format(
                     gguf.name(),
-                    "the vocabulary has neither a token for every byte (`<0x00>` to `<0xFF>`) nor \
-                     an unknown token, so it cannot spell every text",
+                    "the vocabulary has neither tokens for bytes (`<0x00>` to `<0xFF>`) nor an \
+                     unknown token, so it cannot spell every text",
                 ));
             }
+            None if missing > 0 => notes.push(format!(
+                "{}: {missing} bytes have no token (`<0x00>` to `<0xFF>`) and there is no unknown \
+                 token; characters that need them are left out",
+                gguf.name()
+            )),
             None => {}
         }
         let bpe = builder
@@ -94,17 +103,31 @@ impl SentencePiece {
         if !self.splits_at_spaces {
             return encode(&spelled);
         }
-        let mut start = 0;
-        let mut before = SPACE;
-        for (at, c) in spelled.char_indices() {
-            if c == SPACE && before != SPACE {
-                encode(&spelled[start..at]);
-                start = at;
-            }
-            before = c;
-        }
-        encode(&spelled[start..]);
+        at_spaces(&spelled, encode);
     }
+}
+
+/// Whether no token has a `▁` behind another character, and `▁` is one itself.
+pub(super) fn splits_at_spaces(ids: &AHashMap<String, u32>) -> bool {
+    ids.contains_key(SPACE.to_string().as_str())
+        && !ids.keys().any(|text| {
+            let mut chars = text.chars().zip(text.chars().skip(1));
+            chars.any(|(before, c)| c == SPACE && before != SPACE)
+        })
+}
+
+/// Cuts spelled text in front of every run of `▁`.
+pub(super) fn at_spaces<'t>(spelled: &'t str, mut take: impl FnMut(&'t str)) {
+    let mut start = 0;
+    let mut before = SPACE;
+    for (at, c) in spelled.char_indices() {
+        if c == SPACE && before != SPACE {
+            take(&spelled[start..at]);
+            start = at;
+        }
+        before = c;
+    }
+    take(&spelled[start..]);
 }
 
 /// Every way to join two tokens to a third: best score first, then lower id, then shorter left.

@@ -58,9 +58,9 @@ impl SpecialTokens {
     /// They are too long together.
     pub fn new(file: &str, vocab: &Vocab) -> Result<Self> {
         let mut seen = AHashSet::new();
-        let whole = vocab.iter().filter(|&(_, text, kind)| {
+        let whole = vocab.iter().filter(|&(id, text, kind)| {
             let is_whole = kind == TokenType::UserDefined || kind.is_special();
-            is_whole && !text.is_empty() && seen.insert(text)
+            is_whole && !text.is_empty() && !vocab.is_bytes(id) && seen.insert(text)
         });
         let found: Vec<_> = whole.map(|(id, text, kind)| (id, text.as_bytes(), kind)).collect();
         let bytes: usize = found.iter().map(|(_, text, _)| text.len()).sum();
@@ -214,7 +214,10 @@ mod tests {
         writer.set("tokenizer.ggml.tokens", OwnedValue::Strings(texts));
         writer.set("tokenizer.ggml.token_type", OwnedValue::I32s(kinds));
         let file = Gguf::from_vec("test.gguf", writer.to_vec()).unwrap();
-        SpecialTokens::new("test.gguf", &Vocab::read(&file, Family::SentencePiece).unwrap())
+        SpecialTokens::new(
+            "test.gguf",
+            &Vocab::read(&file, Family::SentencePiece, true, &mut Vec::new()).unwrap(),
+        )
     }
 
     /// The rule in its plainest form: all tokens of a length, the longest first, each from the left

@@ -2,13 +2,14 @@
 //!
 //! Everything is checked here, so that the rest of the module need not look at the file again.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use ahash::AHashMap;
 
 use super::byte_level;
 use crate::error::{Error, Result};
-use crate::gguf::{Gguf, MAX_TOKENS, ValueType};
+use crate::gguf::{Gguf, MAX_TOKENS, Value, ValueType};
 
 /// Longer tokens mean a damaged file (published vocabularies stay below 300 bytes). The limit
 /// also bounds the work on a token, which grows with the square of its length.
@@ -19,7 +20,7 @@ pub(super) const SPACE: char = '\u{2581}';
 
 /// Tokens that end a generation by their name, whatever the metadata says of them: files often
 /// name only one of several, and some type them as ordinary text.
-const END_NAMES: [&str; 16] = [
+const END_NAMES: [&str; 20] = [
     "<|eot_id|>",
     "<|eom_id|>",
     "<|im_end|>",
@@ -36,7 +37,16 @@ const END_NAMES: [&str; 16] = [
     "[EOT]",
     "[EOS]",
     "<|flush|>",
+    "<|calls|>",
+    "<turn|>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
 ];
+
+/// Where a vocabulary has both of a pair, `<|end|>` ends a message of several (gpt-oss, Solar Open)
+/// and generation goes on.
+const MESSAGES_END_OTHERWISE: [[&str; 2]; 2] =
+    [["<|return|>", "<|call|>"], ["<|calls|>", "<|flush|>"]];
 
 /// What a token is for, with the number that GGUF gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -89,11 +99,11 @@ impl fmt::Display for TokenType {
 /// How a vocabulary spells text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
-    /// `tokenizer.ggml.model` = `llama`: pieces of text with scores, `▁` for a space, single bytes
-    /// for what no piece spells.
+    /// `tokenizer.ggml.model` = `llama` or `gemma4`: pieces of text, `▁` for a space, single bytes
+    /// for what no piece spells. Scores, or an ordered list of merges, say how they are found.
     SentencePiece,
     /// `tokenizer.ggml.model` = `gpt2`: pieces of bytes, each byte written as a printable
-    /// character, and an ordered list of merges.
+    /// character, and an ordered list of merges. (A few pre-tokenizers make it the other family.)
     ByteLevel,
 }
 
@@ -104,7 +114,7 @@ pub enum Family {
 pub struct Difference {
     /// Its id.
     pub id: u32,
-    /// Text and type in the vocabulary that was asked.
+    /// Text and type in the vocabulary that was asked. The type is told, not compared.
     pub ours: (String, TokenType),
     /// Text and type in the other one.
     pub theirs: (String, TokenType),
@@ -127,6 +137,8 @@ pub(super) struct Vocab {
     pub family: Family,
     texts: Vec<Box<str>>,
     types: Vec<TokenType>,
+    /// The bytes of tokens that are not UTF-8, of which `texts` has a readable form.
+    bytes: AHashMap<u32, Box<[u8]>>,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
     pub unk: Option<u32>,
@@ -136,14 +148,31 @@ pub(super) struct Vocab {
 }
 
 impl Vocab {
-    pub fn read(gguf: &Gguf, family: Family) -> Result<Self> {
-        let texts = read_texts(gguf)?;
+    /// Reads the vocabulary; what a person should know of it is added to `notes`.
+    ///
+    /// `has_prefix`: text begins with a space that is not in it, unless the file says otherwise.
+    pub fn read(
+        gguf: &Gguf,
+        family: Family,
+        has_prefix: bool,
+        notes: &mut Vec<String>,
+    ) -> Result<Self> {
+        let (texts, bytes) = read_texts(gguf)?;
         let len = texts.len();
-        let bos = role(gguf, "bos_token_id", len)?;
-        let eos = role(gguf, "eos_token_id", len)?;
-        let eot = role(gguf, "eot_token_id", len)?;
-        let eom = role(gguf, "eom_token_id", len)?;
-        let unk = role(gguf, "unknown_token_id", len)?;
+        if let Some(first) = bytes.keys().min() {
+            notes.push(format!(
+                "{}: {} of the {len} tokens are not UTF-8, the first is token {first}; they are \
+                 bytes when generated and are never found in a text",
+                gguf.name(),
+                bytes.len()
+            ));
+        }
+        let mut role = |name: &str| role(gguf, name, len, notes);
+        let bos = role("bos_token_id")?;
+        let eos = role("eos_token_id")?;
+        let eot = role("eot_token_id")?;
+        let eom = role("eom_token_id")?;
+        let unk = role("unknown_token_id")?;
         let stated = read_types(gguf, len)?;
         let is_stated = stated.is_some();
         let mut types = stated.unwrap_or_else(|| vec![TokenType::Normal; len]);
@@ -166,10 +195,19 @@ impl Vocab {
         }
 
         let mut ends: Vec<u32> = [eos, eot, eom].into_iter().flatten().collect();
-        for (id, text) in texts.iter().enumerate() {
+        let mut named: Vec<(&str, u32)> = Vec::new();
+        for (id, text) in (0..).zip(&texts) {
             if END_NAMES.contains(&text.as_ref()) {
-                types[id] = TokenType::Control;
-                ends.push(id as u32);
+                named.push((text, id));
+            }
+        }
+        let has = |name: &&str| named.iter().any(|(text, _)| text == name);
+        let end_goes_on = MESSAGES_END_OTHERWISE.iter().any(|pair| pair.iter().all(has));
+        for (text, id) in named {
+            types[id as usize] = TokenType::Control;
+            ends.push(id);
+            if text == "<|end|>" && end_goes_on {
+                ends.retain(|&end| end != id);
             }
         }
         ends.sort_unstable();
@@ -194,9 +232,9 @@ impl Vocab {
             types.iter().position(|&kind| kind == TokenType::Unknown).map(|id| id as u32)
         });
 
-        let space_prefix = family == Family::SentencePiece
-            && gguf.get_bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-        Ok(Vocab { family, texts, types, bos, eos, unk, ends, space_prefix })
+        let space_prefix =
+            has_prefix && gguf.get_bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+        Ok(Vocab { family, texts, types, bytes, bos, eos, unk, ends, space_prefix })
     }
 
     pub fn len(&self) -> usize {
@@ -220,11 +258,16 @@ impl Vocab {
         self.ends.binary_search(&id).is_ok()
     }
 
+    /// Whether a token's text is not what the file has, but a readable form of bytes.
+    pub fn is_bytes(&self, id: u32) -> bool {
+        self.bytes.contains_key(&id)
+    }
+
     /// Ids by text. Of tokens with the same text the first is taken: the others are padding.
     pub fn ids(&self, wanted: impl Fn(TokenType) -> bool) -> AHashMap<String, u32> {
         let mut ids = AHashMap::with_capacity(self.len());
         for (id, text, kind) in self.iter() {
-            if wanted(kind) && !text.is_empty() {
+            if wanted(kind) && !text.is_empty() && !self.is_bytes(id) {
                 ids.entry(text.to_owned()).or_insert(id);
             }
         }
@@ -234,6 +277,9 @@ impl Vocab {
     /// Appends the bytes that `id` stands for in a text.
     pub fn put_piece(&self, id: u32, out: &mut Vec<u8>) {
         let (Some(text), Some(kind)) = (self.text(id), self.kind(id)) else { return };
+        if let Some(bytes) = self.bytes.get(&id) {
+            return out.extend_from_slice(bytes);
+        }
         match self.family {
             _ if kind.is_special() => out.extend(text.bytes()),
             Family::SentencePiece => {
@@ -258,15 +304,20 @@ impl Vocab {
         self.family == Family::SentencePiece
             && self.kind(id).is_some_and(|k| !k.is_special() && k != TokenType::UserDefined)
             && self.text(id).is_some_and(|text| text.starts_with(SPACE))
+            && !self.is_bytes(id)
     }
 
+    /// The first token whose text the other vocabulary does not share, of those that both have.
     pub fn first_difference(&self, other: &Vocab) -> Option<Difference> {
-        let shared = self.iter().zip(other.iter());
-        shared.into_iter().find(|(ours, theirs)| ours != theirs).map(|(ours, theirs)| Difference {
-            id: ours.0,
-            ours: (ours.1.to_owned(), ours.2),
-            theirs: (theirs.1.to_owned(), theirs.2),
-        })
+        let token = |vocab: &Vocab, id: u32| {
+            let text = vocab.text(id).unwrap_or_default().to_owned();
+            (text, vocab.kind(id).unwrap_or(TokenType::Undefined))
+        };
+        let differs = |&id: &u32| {
+            (self.text(id), self.bytes.get(&id)) != (other.text(id), other.bytes.get(&id))
+        };
+        let id = (0..self.len().min(other.len()) as u32).find(differs)?;
+        Some(Difference { id, ours: token(self, id), theirs: token(other, id) })
     }
 }
 
@@ -277,7 +328,8 @@ pub(super) fn byte_of(text: &str) -> Option<u8> {
     is_hex.then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
-fn read_texts(gguf: &Gguf) -> Result<Vec<Box<str>>> {
+/// The texts of all tokens, and the bytes of those that are not UTF-8.
+fn read_texts(gguf: &Gguf) -> Result<(Vec<Box<str>>, AHashMap<u32, Box<[u8]>>)> {
     const KEY: &str = "tokenizer.ggml.tokens";
     let error = |what: String| Error::format(gguf.name(), format!("`{KEY}`: {what}"));
     let array = gguf.get_array(KEY)?.ok_or_else(|| gguf.missing(KEY))?;
@@ -290,18 +342,25 @@ fn read_texts(gguf: &Gguf) -> Result<Vec<Box<str>>> {
     if array.len() > MAX_TOKENS {
         return Err(error(format!("{} tokens; at most {MAX_TOKENS} are allowed", array.len())));
     }
-    let mut texts = Vec::with_capacity(array.len());
-    for (id, value) in array.iter().enumerate() {
-        let text = value.as_str().ok_or_else(|| error(format!("token {id} is not valid UTF-8")))?;
-        if text.len() > MAX_TOKEN {
+    let mut texts: Vec<Box<str>> = Vec::with_capacity(array.len());
+    let mut odd = AHashMap::new();
+    for (id, value) in (0..).zip(array.iter()) {
+        let Value::String(bytes) = value else {
+            return Err(error(format!("token {id} is no string")));
+        };
+        if bytes.len() > MAX_TOKEN {
             return Err(error(format!(
                 "token {id} is {} bytes long; at most {MAX_TOKEN} are allowed",
-                text.len()
+                bytes.len()
             )));
+        }
+        let text = String::from_utf8_lossy(bytes);
+        if matches!(text, Cow::Owned(_)) {
+            odd.insert(id, bytes.into());
         }
         texts.push(text.into());
     }
-    Ok(texts)
+    Ok((texts, odd))
 }
 
 fn read_types(gguf: &Gguf, len: usize) -> Result<Option<Vec<TokenType>>> {
@@ -318,16 +377,11 @@ fn read_types(gguf: &Gguf, len: usize) -> Result<Option<Vec<TokenType>>> {
         .ok_or_else(|| error(format!("{} elements; i32 is needed", array.value_type())))
 }
 
-/// The scores of all tokens, which a SentencePiece vocabulary must have.
-pub(super) fn read_scores(gguf: &Gguf, len: usize) -> Result<Vec<f32>> {
+/// The scores of all tokens, if the file has any.
+pub(super) fn read_scores(gguf: &Gguf, len: usize) -> Result<Option<Vec<f32>>> {
     const KEY: &str = "tokenizer.ggml.scores";
     let error = |what: String| Error::format(gguf.name(), format!("`{KEY}`: {what}"));
-    let array = gguf.get_array(KEY)?.ok_or_else(|| {
-        Error::format(
-            gguf.name(),
-            format!("metadata `{KEY}` is missing; a vocabulary of model `llama` needs scores"),
-        )
-    })?;
+    let Some(array) = gguf.get_array(KEY)? else { return Ok(None) };
     if array.value_type() != ValueType::F32 {
         return Err(error(format!("{} elements; f32 is needed", array.value_type())));
     }
@@ -342,17 +396,20 @@ pub(super) fn read_scores(gguf: &Gguf, len: usize) -> Result<Vec<f32>> {
         }
         scores.push(score);
     }
-    Ok(scores)
+    Ok(Some(scores))
 }
 
-/// The id that the metadata gives a role, within the vocabulary.
-fn role(gguf: &Gguf, name: &str, len: usize) -> Result<Option<u32>> {
+/// The id that the metadata gives a role. One outside the vocabulary is none, with a note.
+fn role(gguf: &Gguf, name: &str, len: usize, notes: &mut Vec<String>) -> Result<Option<u32>> {
     let key = format!("tokenizer.ggml.{name}");
     match gguf.get_u64(&key)? {
-        Some(id) if id >= len as u64 => Err(Error::format(
-            gguf.name(),
-            format!("metadata `{key}` is {id}; the vocabulary has only {len} tokens"),
-        )),
+        Some(id) if id >= len as u64 => {
+            notes.push(format!(
+                "{}: `{key}` is {id}, but the vocabulary has only {len} tokens; it is ignored",
+                gguf.name()
+            ));
+            Ok(None)
+        }
         id => Ok(id.map(|id| id as u32)),
     }
 }
