@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use mtad::exec::cpu::Cpu;
+use mtad::exec::cpu::{Cpu, Isa};
 use mtad::exec::{CacheType, Executor, Rows, Segment};
 use mtad::gguf::{Gguf, SharedTensor, Writer};
 use mtad::graph::{Activation, Attention, BufferId, Builder, Gating, KvShape};
@@ -38,7 +38,7 @@ fn time(
     widths: &[usize],
     build: impl FnOnce(&mut Builder, &[BufferId]) -> mtad::Result<BufferId>,
 ) {
-    let cpu = Arc::new(Cpu::new(1).expect("a CPU"));
+    let cpu = Arc::new(Cpu::with_isa(1, isa()).expect("a CPU"));
     let mut builder = Builder::new("bench", line + n);
     let inputs: Vec<_> = widths.iter().map(|width| builder.input(*width)).collect();
     let out = build(&mut builder, &inputs).expect("shapes that fit");
@@ -61,6 +61,11 @@ fn time(
     bencher
         .counter(ItemsCount::new(items))
         .bench_local(|| stage.run(&rows, &mut [&mut *cache], &mut *workspace));
+}
+
+/// The instruction set that the environment names, or the best.
+fn isa() -> Isa {
+    Isa::from_env().expect("one of this machine's").unwrap_or(Isa::best())
 }
 
 const TYPES: [&str; 15] = [

@@ -12,7 +12,7 @@ fn main() {
 }
 
 fn tokenizer() -> Tokenizer {
-    let file = mtad::pair::builtin_file("target").expect("the built-in pair");
+    let file = mtad::session::pair::builtin_file("target").expect("the built-in pair");
     Tokenizer::from_gguf(&file).expect("a tokenizer")
 }
 
@@ -29,7 +29,7 @@ fn text() -> String {
 
 #[divan::bench]
 fn build(bencher: Bencher) {
-    let file: Gguf = mtad::pair::builtin_file("target").expect("the built-in pair");
+    let file: Gguf = mtad::session::pair::builtin_file("target").expect("the built-in pair");
     bencher.bench_local(|| Tokenizer::from_gguf(&file));
 }
 

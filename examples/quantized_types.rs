@@ -13,8 +13,8 @@ use std::process::ExitCode;
 use mtad::eval::perplexity::perplexity;
 use mtad::gguf::Gguf;
 use mtad::gguf::quantize::{Options, quantize};
-use mtad::pair::builtin_file;
 use mtad::quant::Recipe;
+use mtad::session::pair::builtin_file;
 use mtad::tokenizer::EncodeOptions;
 use mtad::{Error, LoadOptions, Pair, Request, Result, SessionOptions, Settings, Strategy};
 

@@ -43,8 +43,7 @@
 //! | [`sampling`] | warping, distributions, draws | `error`, `lm` |
 //! | [`decode`] | one algorithm per file, over [`lm::Lm`] alone | `error`, `lm`, `sampling` |
 //! | `energy` | joules from real meters, by phase | `error` |
-//! | the facade | [`Pair`], [`Session`], [`Generation`] | all of the above |
-//! | `saved` | sessions in files | all of the above |
+//! | [`session`] | what a program embeds: [`Pair`], [`Session`], [`Generation`], and sessions in files | all of the above |
 //! | `capi` | the same for C, and whatever speaks C: `include/mtad.h` | everything |
 //! | `bench` | timing passes against the machine's limits | everything |
 //! | `eval` | perplexity, tasks and their scores, strategies side by side | everything |
@@ -78,20 +77,17 @@ pub mod error;
 pub mod eval;
 pub mod exec;
 mod files;
-pub mod generation;
 pub mod gguf;
 pub mod graph;
 pub mod lm;
 pub mod models;
-pub mod pair;
 pub mod quant;
 pub mod sampling;
-mod saved;
+pub mod session;
 pub mod tokenizer;
 
 pub use decode::{Settings, Strategy};
 pub use engine::SessionOptions;
 pub use error::{Error, Result};
-pub use generation::{Generation, Piece, Request, Session, StopReason};
-pub use pair::{LoadOptions, Pair};
 pub use sampling::Warp;
+pub use session::{Generation, LoadOptions, Pair, Piece, Request, Session, StopReason};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mtad::engine::{Device, Model};
 use mtad::exec::cpu::{Cpu, Isa};
 use mtad::lm::{Batch, Row, Token, Want, extend};
-use mtad::pair::builtin_file;
+use mtad::session::pair::builtin_file;
 use mtad::{LoadOptions, Pair, Request, Session, SessionOptions, Settings, Strategy, Warp};
 
 const PROMPTS: [&str; 20] = [
@@ -166,11 +166,11 @@ fn rows_give_the_same_bits_in_any_company() {
                 for (token, row) in branch {
                     let outputs = alone.eval(&Batch::chain(&[*token], None, Row(0), Want::Logits));
                     assert!(outputs.unwrap().logits(0) == tree[row.0 as usize], "{name} on {isa}");
-                    alone.keep(Some(Row(0))).unwrap();
+                    alone.commit(Some(Row(0))).unwrap();
                 }
             }
             // Keeping the middle branch moves its rows; what follows is as if it had been a line.
-            lm.keep(Some(branches[1].last().unwrap().1)).unwrap();
+            lm.commit(Some(branches[1].last().unwrap().1)).unwrap();
             let mut fresh = model.session(&options).unwrap();
             let line: Vec<Token> =
                 tokens[..150].iter().copied().chain(branches[1].iter().map(|b| b.0)).collect();
@@ -201,7 +201,7 @@ fn a_wide_prompt_is_the_same_as_single_rows() {
     for (i, token) in tokens.iter().enumerate() {
         let one = Batch::chain(&[*token], None, Row(0), Want::Logits);
         assert!(sessions[1].eval(&one).unwrap().logits(0) == wide[i], "row {i}");
-        sessions[1].keep(Some(Row(0))).unwrap();
+        sessions[1].commit(Some(Row(0))).unwrap();
     }
 }
 

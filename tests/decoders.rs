@@ -94,8 +94,8 @@ impl Lm for Recorder {
         Ok(outputs)
     }
 
-    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
-        self.inner.keep(tip)?;
+    fn commit(&mut self, tip: Option<Row>) -> Result<()> {
+        self.inner.commit(tip)?;
         let mut path = Vec::new();
         let mut at = tip;
         while let Some(row) = at {
@@ -1215,8 +1215,8 @@ impl Lm for Timed<'_> {
         self.inner.eval(batch)
     }
 
-    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
-        self.inner.keep(tip)
+    fn commit(&mut self, tip: Option<Row>) -> Result<()> {
+        self.inner.commit(tip)
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {

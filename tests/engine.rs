@@ -68,7 +68,7 @@ fn script(lm: &mut dyn Lm, seed: u64, vocab_size: usize) -> Vec<u32> {
             }
         }
         let tip = random.below(batch.len() + 1).checked_sub(1).map(|row| Row(row as u32));
-        lm.keep(tip).unwrap();
+        lm.commit(tip).unwrap();
         if random.below(4) == 0 {
             lm.truncate(lm.committed() / 2).unwrap();
         }

@@ -57,7 +57,7 @@ fn perplexity_is_that_of_the_second_halves() {
                 let log_prob = f64::from(logits[piece[i + 1] as usize]) - log_sum_exp(logits, 1.0);
                 losses.push(-log_prob);
             }
-            lm.keep(Some(Row(0))).unwrap();
+            lm.commit(Some(Row(0))).unwrap();
         }
     }
     let n = losses.len() as f64;

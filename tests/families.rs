@@ -216,7 +216,7 @@ fn logits(model: &Model, tokens: &[u32], group: usize) -> Vec<f32> {
         });
         let outputs = outputs.unwrap();
         (0..piece.len()).for_each(|i| out.extend_from_slice(outputs.logits(i)));
-        lm.keep(Some(Row(piece.len() as u32 - 1))).unwrap();
+        lm.commit(Some(Row(piece.len() as u32 - 1))).unwrap();
     }
     out
 }

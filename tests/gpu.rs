@@ -17,7 +17,7 @@ use mtad::exec::cpu::Cpu;
 use mtad::exec::wgpu::{Gpu, Variants};
 use mtad::gguf::Gguf;
 use mtad::lm::{Batch, Row, Want};
-use mtad::pair::builtin_file;
+use mtad::session::pair::builtin_file;
 use mtad::{Error, Pair, Request, Settings, Strategy, Warp};
 
 use common::{adapter, logits, nmse, read_npy, shared};
@@ -148,7 +148,7 @@ fn rows_of_random_trees_are_what_they_are_alone() {
             assert!(found[row] == last, "round {round}, row {row}");
         }
         let tip = next(paths.len());
-        lm.keep(Some(Row(tip as u32))).unwrap();
+        lm.commit(Some(Row(tip as u32))).unwrap();
         line.extend(&paths[tip]);
         if round % 4 == 3 {
             line.truncate(line.len() / 2);
@@ -171,7 +171,7 @@ fn rows_are_saved_on_one_device_and_restored_on_another() {
     for source in &models {
         let mut lm = source.session(&SessionOptions::default()).unwrap();
         lm.eval(&Batch::chain(&tokens, None, Row(0), Want::Nothing)).unwrap();
-        lm.keep(Some(Row(tokens.len() as u32 - 1))).unwrap();
+        lm.commit(Some(Row(tokens.len() as u32 - 1))).unwrap();
         let mut bytes = Vec::new();
         lm.save_rows(0..40, &mut bytes).unwrap();
         assert_eq!(bytes.len(), 40 * lm.row_bytes());

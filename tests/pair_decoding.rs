@@ -56,7 +56,7 @@ fn probe(lm: &mut dyn Lm) -> Vec<u32> {
     batch.push(400, Some(Row(0)), Want::Logits);
     let outputs = lm.eval(&batch).unwrap();
     let bits = (0..2).flat_map(|i| outputs.logits(i).iter().map(|x| x.to_bits())).collect();
-    lm.keep(None).unwrap();
+    lm.commit(None).unwrap();
     bits
 }
 
@@ -83,7 +83,7 @@ fn what_was_kept_is_in_the_cache_as_if_it_had_been_evaluated_plainly() {
                 for piece in line.chunks(size) {
                     let last = Row(piece.len() as u32 - 1);
                     fresh.eval(&Batch::chain(piece, None, Row(0), Want::Nothing)).unwrap();
-                    fresh.keep(Some(last)).unwrap();
+                    fresh.commit(Some(last)).unwrap();
                 }
                 assert!(probe(&mut **lm) == probe(&mut *fresh), "{strategy}, pieces of {size}");
             }

@@ -106,7 +106,8 @@ fn a_quantized_model_is_read_back_on_request_only() {
     assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none());
 
     quantize(&["builtin:draft", path(&full), "f32", "--requantize"]);
-    let (builtin, whole) = (mtad::pair::builtin_file("draft").unwrap(), Gguf::open(&full).unwrap());
+    let (builtin, whole) =
+        (mtad::session::pair::builtin_file("draft").unwrap(), Gguf::open(&full).unwrap());
     let changed: Vec<_> =
         builtin.metadata().filter(|(key, value)| whole.get(key) != Some(*value)).collect();
     assert!(changed.iter().all(|(key, _)| key.starts_with("general.")), "{changed:?}");

@@ -196,7 +196,7 @@ fn files_that_are_cut_flipped_or_of_another_model_are_refused() {
 
     // The target as its own draft; the draft alone.
     let load = |target: &str, draft: Option<&str>| {
-        let builtin = |name: &str| mtad::pair::builtin_file(name).unwrap();
+        let builtin = |name: &str| mtad::session::pair::builtin_file(name).unwrap();
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
         Pair::from_files(builtin(target), draft.map(builtin), &options, &mut |_, _| true).unwrap()
     };
@@ -316,7 +316,7 @@ fn no_memory_is_taken_for_what_a_file_claims() {
     let error = pair.load_session(&long, &options).err().unwrap();
     assert!(matches!(error, Error::ContextFull { .. }), "{error}");
     let load = LoadOptions { threads: 1, ..LoadOptions::default() };
-    let target = mtad::pair::builtin_file("target").unwrap();
+    let target = mtad::session::pair::builtin_file("target").unwrap();
     let alone = Pair::from_files(target, None, &load, &mut |_, _| true).unwrap();
     let most = 1 << 30;
     let wide = forged(&bytes, 120, most, len(draft_bytes, draft_rows, most));

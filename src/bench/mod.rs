@@ -108,7 +108,7 @@ fn time_pass(lm: &mut dyn Lm, rows: usize) -> Result<f64> {
     let start = Instant::now();
     lm.eval(&batch)?;
     let seconds = start.elapsed().as_secs_f64();
-    lm.keep(None)?;
+    lm.commit(None)?;
     Ok(seconds)
 }
 
@@ -222,7 +222,7 @@ pub fn measure(model: &Model, plan: &Plan, observer: &mut dyn Observer) -> Resul
         let start = Instant::now();
         for token in tokens {
             lm.eval(&Batch::chain(&[token], None, Row(0), Want::Logits))?;
-            lm.keep(Some(Row(0)))?;
+            lm.commit(Some(Row(0)))?;
         }
         generate = Some(start.elapsed().as_secs_f64() / plan.generate as f64);
         observer.generating(false);

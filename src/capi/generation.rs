@@ -11,8 +11,8 @@ use super::status::{Failure, Fate, Outcome, call, mtad_status, on, report};
 use super::types::mtad_stop::*;
 use super::types::*;
 use crate::decode::{Phase, Settings, Strategy};
-use crate::generation::{Generation, Piece, Request, Session, StopReason};
 use crate::sampling::Warp;
+use crate::session::generation::{Generation, Piece, Request, Session, StopReason};
 
 /// A generation under way that is asked for its tokens. It holds its session until it is freed.
 #[allow(non_camel_case_types)]

@@ -7,10 +7,10 @@ use super::memory;
 use super::status::mtad_status::*;
 use super::status::{Failure, Fate, Outcome, call, call_reporting, mtad_status, on, report};
 use super::types::*;
-use crate::engine::Device;
+use crate::engine::{Device, Isa};
 use crate::error::Error;
 use crate::gguf::Gguf;
-use crate::pair::{LoadOptions, Pair, builtin_file};
+use crate::session::pair::{LoadOptions, Pair, builtin_file};
 use crate::tokenizer::EncodeOptions;
 
 /// A target model and perhaps a draft. Threads may share it.
@@ -164,14 +164,15 @@ pub unsafe extern "C" fn mtad_pair_open(
 /// What options point to is there.
 unsafe fn open(options: Option<&mtad_pair_options>) -> Outcome<mtad_pair> {
     let Some(options) = options else {
-        let pair = Pair::builtin(true, &LoadOptions::default(), &mut |_, _| true)?;
+        let load = LoadOptions { isa: Isa::from_env()?, ..LoadOptions::default() };
+        let pair = Pair::builtin(true, &load, &mut |_, _| true)?;
         let log = Log { callback: None, user_data: std::ptr::null_mut() };
         return Ok(mtad_pair { pair, fate: Fate::default(), log });
     };
     if options.flags & !(MTAD_NO_DRAFT | MTAD_NO_MMAP) != 0 {
         return Err(unknown_flags(options.flags));
     }
-    let mut load = LoadOptions::default();
+    let mut load = LoadOptions { isa: Isa::from_env()?, ..LoadOptions::default() };
     // SAFETY: as the caller says.
     if let Some(device) = unsafe { memory::optional(options.device, "device")? } {
         load.device = device.to_owned();

@@ -15,7 +15,7 @@ use crate::energy::{Found, Recorder, Sources};
 use crate::engine::CacheType;
 use crate::engine::SessionOptions;
 use crate::error::Error;
-use crate::generation::Session;
+use crate::session::generation::Session;
 
 /// A text in the making, with its caches. One thread at a time may use it.
 #[allow(non_camel_case_types)]

@@ -95,7 +95,7 @@ impl Observer for Watch {
 }
 
 pub(super) fn bench(args: &BenchArgs) -> Result<()> {
-    let options = args.device.load_options();
+    let options = args.device.load_options()?;
     let device = options.device()?;
     // A synthetic model lives in a file that is gone with the process, unless it is kept.
     let mut scratch = None;

@@ -12,9 +12,9 @@ use super::{interrupts, print_line, print_notes, read_text, template};
 use crate::chat::{Chat, Inputs};
 use crate::decode::{Phase, Strategy};
 use crate::error::{Error, Result};
-use crate::generation::{Request, Session, StopReason};
-use crate::pair::Pair;
 use crate::sampling::Warp;
+use crate::session::generation::{Request, Session, StopReason};
+use crate::session::pair::Pair;
 
 /// How a conversation is put to the model.
 #[derive(Debug, Args)]

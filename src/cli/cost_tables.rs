@@ -14,7 +14,7 @@ use crate::cached;
 use crate::decode::CostTable;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::pair::Pair;
+use crate::session::pair::Pair;
 
 /// Larger files than this are no cost tables, and no outputs of runs.
 const MOST_BYTES: u64 = 64 << 20;

@@ -39,7 +39,7 @@ pub(super) fn devices(args: &DevicesArgs) -> Result<()> {
         }
         return print_line(out);
     }
-    let cpu = Cpu::new(0)?;
+    let cpu = Cpu::with_isa(0, Isa::from_env()?.unwrap_or(Isa::best()))?;
     let sets: Vec<&str> =
         Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect();
     print_line(format_args!("cpu  {}", cpu.describe()))?;

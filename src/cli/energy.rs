@@ -16,8 +16,8 @@ use crate::decode::Strategy;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
 use crate::files::OutputFile;
-use crate::generation::Request;
-use crate::pair::Pair;
+use crate::session::generation::Request;
+use crate::session::pair::Pair;
 
 /// Measure joules per token, by phase, of strategies side by side
 ///

@@ -23,9 +23,9 @@ use crate::eval::{
     Arm, Grid, Journal, Observer, Runner, Task, TaskSet, cool, fingerprint, summarize,
 };
 use crate::files;
-use crate::generation::{Generation, Session};
-use crate::pair::{LoadOptions, Pair, builtin_questions};
 use crate::sampling::Warp;
+use crate::session::generation::{Generation, Session};
+use crate::session::pair::{LoadOptions, Pair, builtin_questions};
 use crate::tokenizer::EncodeOptions;
 
 /// Compare strategies: perplexity, block efficiency, speed, energy, right answers
@@ -282,7 +282,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let (model, draft) = (args.model.as_deref(), args.draft.as_deref());
     let draft_device = args.draft_device.clone();
     let pre_tokenizer = args.vocabulary.pre_tokenizer.clone();
-    let load = LoadOptions { draft_device, pre_tokenizer, ..args.device.load_options() };
+    let load = LoadOptions { draft_device, pre_tokenizer, ..args.device.load_options()? };
     let pair = metering.load(|| load_pair(model, draft, loaded_for, &load))?;
     pair.on_note(note_listener());
     let options = SessionOptions { context: args.device.context(), ..SessionOptions::default() };

@@ -42,7 +42,7 @@ pub struct LogitsArgs {
 }
 
 pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
-    let options = args.device.load_options();
+    let options = args.device.load_options()?;
     let file = Arc::new(open_model_as(&args.model, &options)?);
     let device = options.device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
@@ -79,7 +79,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
                 out.write_all(&x.to_le_bytes()).map_err(|e| out.error(e))?;
             }
         }
-        lm.keep(Some(Row(piece.len() as u32 - 1)))?;
+        lm.commit(Some(Row(piece.len() as u32 - 1)))?;
         pieces.took(piece.len(), clock.elapsed());
     }
     out.finish()

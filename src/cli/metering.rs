@@ -17,7 +17,7 @@ use crate::energy::{
     Window,
 };
 use crate::error::{Error, Result};
-use crate::generation::{Generation, Session};
+use crate::session::generation::{Generation, Session};
 
 /// How energy is measured.
 #[derive(Debug, Args)]

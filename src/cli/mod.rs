@@ -36,10 +36,10 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::decode::Strategy;
-use crate::engine::NoteListener;
+use crate::engine::{Isa, NoteListener};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::pair::{LoadOptions, builtin_file};
+use crate::session::pair::{LoadOptions, builtin_file};
 use crate::tokenizer::Tokenizer;
 use console::{print_line, reader_left, tell, visible_name};
 
@@ -197,8 +197,9 @@ struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    fn load_options(&self) -> LoadOptions {
-        LoadOptions {
+    fn load_options(&self) -> Result<LoadOptions> {
+        Ok(LoadOptions {
+            isa: Isa::from_env()?,
             device: self.device.clone(),
             draft_device: None,
             gpu_layers: self.gpu_layers.map(|n| n as usize),
@@ -207,7 +208,7 @@ impl DeviceArgs {
             memory: self.memory,
             mmap: !self.no_mmap,
             pre_tokenizer: None,
-        }
+        })
     }
 
     fn context(&self) -> Option<usize> {

@@ -55,10 +55,10 @@ pub struct PerplexityArgs {
 pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let text = read_text(None, args.file.as_ref(), "text")?;
     let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
-    let file = Arc::new(open_model_as(path, &args.device.load_options())?);
+    let file = Arc::new(open_model_as(path, &args.device.load_options()?)?);
     let tokenizer = Tokenizer::with_pre_tokenizer(&file, args.vocabulary.pre_tokenizer.as_deref())?;
     print_notes(tokenizer.notes().to_vec());
-    let device = args.device.load_options().device()?;
+    let device = args.device.load_options()?.device()?;
     let model = Model::load(file, &device, &mut loading_bar())?;
     model.on_note(note_listener());
     let context = Some(args.device.context().unwrap_or(args.chunk));

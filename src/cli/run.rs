@@ -20,9 +20,9 @@ use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::engine::CacheType;
 use crate::engine::{Device, SessionOptions};
 use crate::error::{Error, Result};
-use crate::generation::{Generation, Request, StopReason};
-use crate::pair::{LoadOptions, Pair};
 use crate::sampling::Warp;
+use crate::session::generation::{Generation, Request, StopReason};
+use crate::session::pair::{LoadOptions, Pair};
 
 /// Generate text after a prompt
 ///
@@ -268,7 +268,7 @@ impl RunArgs {
     pub(super) fn load(&self, strategy: Strategy) -> Result<Pair> {
         let draft_device = self.draft_device.clone();
         let pre_tokenizer = self.vocabulary.pre_tokenizer.clone();
-        let options = LoadOptions { draft_device, pre_tokenizer, ..self.device.load_options() };
+        let options = LoadOptions { draft_device, pre_tokenizer, ..self.device.load_options()? };
         load_pair(self.model.as_deref(), self.draft.as_deref(), strategy, &options)
     }
 }

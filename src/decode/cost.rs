@@ -120,7 +120,7 @@ fn seconds(
             break;
         }
         for (&rows, took) in sizes.iter().zip(&mut turns) {
-            lm.keep(None)?;
+            lm.commit(None)?;
             let start = Instant::now();
             let mut batch = Batch::new();
             for row in 0..rows.min(MAX_TREE) {
@@ -143,7 +143,7 @@ fn seconds(
             took.push(start.elapsed().as_secs_f64());
         }
     }
-    lm.keep(None)?;
+    lm.commit(None)?;
     let median = |took: &mut Vec<f64>| {
         took.sort_unstable_by(f64::total_cmp);
         // A clock may be too coarse to see anything.

@@ -348,9 +348,9 @@ impl Decoding {
             if self.block.scores.iter().any(|score| !score.is_finite()) {
                 return Err(Error::NotFinite { model: TARGET.to_owned() });
             }
-            round.models.target.keep(kept.target)?;
+            round.models.target.commit(kept.target)?;
             match &mut round.models.draft {
-                Some(draft) => draft.keep(kept.draft),
+                Some(draft) => draft.commit(kept.draft),
                 None => Ok(()),
             }
         });

@@ -56,7 +56,7 @@ pub(super) fn fill(
     mut pieces: Pieces,
     stop: &AtomicBool,
 ) -> Result<()> {
-    lm.keep(None)?;
+    lm.commit(None)?;
     loop {
         let left = &tokens[lm.committed()..];
         if left.is_empty() {
@@ -68,7 +68,7 @@ pub(super) fn fill(
         let piece = &left[..pieces.next(left.len())];
         let start = Instant::now();
         lm.eval(&Batch::chain(piece, None, Row(0), Want::Nothing))?;
-        lm.keep(Some(Row(piece.len() as u32 - 1)))?;
+        lm.commit(Some(Row(piece.len() as u32 - 1)))?;
         pieces.took(piece.len(), start.elapsed());
     }
 }
@@ -107,8 +107,8 @@ impl Lm for Interruptible<'_> {
         }
     }
 
-    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
-        self.lm.keep(tip)
+    fn commit(&mut self, tip: Option<Row>) -> Result<()> {
+        self.lm.commit(tip)
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {

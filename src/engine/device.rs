@@ -129,7 +129,7 @@ impl Device {
     /// # Errors
     /// As [`Cpu::new`].
     pub fn all_as_json() -> Result<Json> {
-        let cpu = Cpu::new(0)?;
+        let cpu = Cpu::with_isa(0, Isa::from_env()?.unwrap_or(Isa::best()))?;
         let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name);
         #[allow(unused_mut)]
         let mut devices = vec![json!({

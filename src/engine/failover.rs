@@ -110,8 +110,8 @@ impl Lm for Failover {
         Ok(&self.outputs)
     }
 
-    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
-        while let Err(error) = self.lm.keep(tip) {
+    fn commit(&mut self, tip: Option<Row>) -> Result<()> {
+        while let Err(error) = self.lm.commit(tip) {
             // The session it happened to has committed the rows; the new one has not.
             self.goes_on(error)?;
         }

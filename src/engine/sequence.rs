@@ -109,10 +109,10 @@ impl Lm for Handle {
         Ok(&self.outputs)
     }
 
-    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
+    fn commit(&mut self, tip: Option<Row>) -> Result<()> {
         let Sequence { tree, caches } = &mut self.post.sequence;
         let line = tree.committed();
-        let path = tree.keep(tip)?;
+        let path = tree.commit(tip)?;
         // Row r lies in slot line + r and moves down to its place in the line. Going up the path,
         // no target is a slot that is still to be moved.
         let moves: Vec<_> = path

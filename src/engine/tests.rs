@@ -145,7 +145,7 @@ fn step(session: &mut Handle, token: u32) -> Result<()> {
     let position = session.committed();
     let outputs = session.eval(&Batch::chain(&[token], None, Row(0), Want::Logits))?;
     assert_eq!(outputs.logits(0), [token as f32, position as f32]);
-    session.keep(Some(Row(0)))
+    session.commit(Some(Row(0)))
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use serde_json::{Value as Json, json};
 
 use crate::decode::{Phase, Statistics};
-use crate::generation::Generation;
 use crate::lm::Token;
+use crate::session::generation::Generation;
 
 /// One generation.
 #[derive(Debug, Clone, PartialEq)]

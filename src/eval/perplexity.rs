@@ -132,7 +132,7 @@ fn score_chunk(
                 log_probs.iter().try_for_each(|&log_prob| found.add(log_prob))?;
             }
         }
-        lm.keep(Some(Row((end - start) as u32 - 1)))?;
+        lm.commit(Some(Row((end - start) as u32 - 1)))?;
         pieces.took(end - start, clock.elapsed());
         start = end;
     }

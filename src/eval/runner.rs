@@ -8,8 +8,8 @@ use crate::cached::Key;
 use crate::decode::{CostTable, Settings, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::Result;
-use crate::generation::{Generation, Request, Session};
-use crate::pair::Pair;
+use crate::session::generation::{Generation, Request, Session};
+use crate::session::pair::Pair;
 
 /// Told how an evaluation goes.
 pub trait Observer {

@@ -2,7 +2,7 @@
 //!
 //! Every decoder in [`crate::decode`] is written against [`Lm`] alone. A model's cache is a
 //! *line* of committed rows (prompt and accepted text) plus a *tree* of uncommitted rows (draft
-//! candidates). [`Lm::eval`] grows the tree, [`Lm::keep`] commits one path and forgets the rest.
+//! candidates). [`Lm::eval`] grows the tree, [`Lm::commit`] commits one path and forgets the rest.
 //! Positions and attention masks derive from parents: a row's position is its parent's plus one,
 //! and it sees the whole line, its ancestors and itself. Chain drafting, beams, trees, rollback
 //! and prompt reuse are all these two calls, and no cache is ever copied.
@@ -21,7 +21,7 @@ pub type Token = u32;
 /// The most uncommitted rows that a tree holds.
 pub const MAX_TREE: usize = 128;
 
-/// An uncommitted row of the tree: the n-th evaluated since the last [`Lm::keep`] or
+/// An uncommitted row of the tree: the n-th evaluated since the last [`Lm::commit`] or
 /// [`Lm::truncate`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Row(pub u32);
@@ -345,7 +345,7 @@ pub trait Lm: Send {
     ///
     /// # Errors
     /// [`crate::Error::Invalid`] if `tip` is not in the tree.
-    fn keep(&mut self, tip: Option<Row>) -> Result<()>;
+    fn commit(&mut self, tip: Option<Row>) -> Result<()>;
 
     /// Forgets the tree and all but the first `len` rows of the line, so that a new prompt can
     /// share a prefix with the last.
@@ -385,10 +385,10 @@ pub trait Lm: Send {
 /// # Errors
 /// As [`Lm::eval`].
 pub fn extend(lm: &mut dyn Lm, tokens: &[Token]) -> Result<()> {
-    lm.keep(None)?;
+    lm.commit(None)?;
     for piece in tokens.chunks(MAX_TREE) {
         lm.eval(&Batch::chain(piece, None, Row(0), Want::Nothing))?;
-        lm.keep(Some(Row(piece.len() as u32 - 1)))?;
+        lm.commit(Some(Row(piece.len() as u32 - 1)))?;
     }
     Ok(())
 }

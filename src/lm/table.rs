@@ -68,8 +68,8 @@ impl Lm for TableLm {
         Ok(&self.outputs)
     }
 
-    fn keep(&mut self, tip: Option<Row>) -> Result<()> {
-        self.tree.keep(tip).map(drop)
+    fn commit(&mut self, tip: Option<Row>) -> Result<()> {
+        self.tree.commit(tip).map(drop)
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {

@@ -96,7 +96,7 @@ impl Tree {
     ///
     /// # Errors
     /// [`Error::Invalid`] if `tip` is not there.
-    pub fn keep(&mut self, tip: Option<Row>) -> Result<Vec<Row>> {
+    pub fn commit(&mut self, tip: Option<Row>) -> Result<Vec<Row>> {
         let path = match tip {
             None => 0,
             Some(Row(r)) => *self.ancestors.get(r as usize).ok_or_else(|| {
@@ -170,7 +170,7 @@ mod tests {
         let positions: Vec<_> = (0..5).map(|r| tree.position(Row(r))).collect();
         assert_eq!(positions, [10, 10, 11, 12, 11]);
         assert_eq!(tree.ancestors(Row(3)), 0b1101);
-        assert_eq!(tree.keep(Some(Row(3))).unwrap(), [Row(0), Row(2), Row(3)]);
+        assert_eq!(tree.commit(Some(Row(3))).unwrap(), [Row(0), Row(2), Row(3)]);
         assert_eq!((tree.committed(), tree.len()), (13, 0));
     }
 
@@ -180,7 +180,7 @@ mod tests {
         grow(&mut tree, &[None]).unwrap();
         assert!(grow(&mut tree, &[Some(0), Some(7)]).is_err());
         assert_eq!(tree.len(), 1);
-        assert!(tree.keep(Some(Row(1))).is_err());
+        assert!(tree.commit(Some(Row(1))).is_err());
         assert!(tree.truncate(1).is_err());
     }
 }

@@ -193,7 +193,7 @@ pub fn logits_in(
         }
         let outputs = lm.eval(&batch).unwrap();
         (0..piece.len()).for_each(|i| out.extend_from_slice(outputs.logits(i)));
-        lm.keep(Some(Row(piece.len() as u32 - 1))).unwrap();
+        lm.commit(Some(Row(piece.len() as u32 - 1))).unwrap();
     }
     out
 }

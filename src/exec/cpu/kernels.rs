@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
 use super::aarch64;
@@ -109,19 +108,28 @@ impl Isa {
         }
     }
 
-    /// The one to use: the best of this machine, or the one that the environment variable
-    /// `MTAD_CPU` names.
+    fn available() -> impl DoubleEndedIterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// The best of this machine.
+    pub fn best() -> Isa {
+        Self::available().next_back().unwrap_or(Isa::Scalar)
+    }
+
+    /// The one that the environment variable `MTAD_CPU` names, if it is set.
     ///
     /// # Errors
     /// `MTAD_CPU` names one that is unknown or that this machine lacks.
-    pub fn choose() -> Result<Isa> {
-        let available = || Isa::ALL.into_iter().filter(|isa| isa.is_available());
-        let names = || available().map(Isa::name).collect::<Vec<_>>().join(", ");
+    pub fn from_env() -> Result<Option<Isa>> {
+        let names = || Self::available().map(Isa::name).collect::<Vec<_>>().join(", ");
         match std::env::var("MTAD_CPU") {
-            Err(_) => Ok(available().next_back().unwrap_or(Isa::Scalar)),
-            Ok(name) => available().find(|isa| isa.name() == name).ok_or_else(|| {
-                Error::invalid(format!("MTAD_CPU={name}: this machine runs {}", names()))
-            }),
+            Err(_) => Ok(None),
+            Ok(name) => {
+                Self::available().find(|isa| isa.name() == name).map(Some).ok_or_else(|| {
+                    Error::invalid(format!("MTAD_CPU={name}: this machine runs {}", names()))
+                })
+            }
         }
     }
 
@@ -522,13 +530,3 @@ compile!(neon, aarch64::Neon, Singly, [1 2 3 4], "neon");
 compile!(dotprod, aarch64::Dotprod, Singly, [1 2 3 4], "neon,dotprod");
 #[cfg(target_arch = "aarch64")]
 compile!(i8mm, aarch64::I8mm, InPairs, [1 2 3 4], "neon,dotprod,i8mm");
-
-/// The machine's choice, made once.
-pub(super) fn chosen() -> Result<Isa> {
-    static CHOSEN: OnceLock<Isa> = OnceLock::new();
-    if let Some(&isa) = CHOSEN.get() {
-        return Ok(isa);
-    }
-    let isa = Isa::choose()?;
-    Ok(*CHOSEN.get_or_init(|| isa))
-}

@@ -63,12 +63,12 @@ pub struct Cpu {
 
 impl Cpu {
     /// The CPU with `threads` threads (0: one for each physical core that this process may use)
-    /// and the best instruction set, or the one named by the environment variable `MTAD_CPU`.
+    /// and the best instruction set.
     ///
     /// # Errors
-    /// `MTAD_CPU` names something that this machine lacks; threads cannot be started.
+    /// Threads cannot be started.
     pub fn new(threads: usize) -> Result<Self> {
-        Self::with_isa(threads, kernels::chosen()?)
+        Self::with_isa(threads, Isa::best())
     }
 
     /// The CPU with a given instruction set.

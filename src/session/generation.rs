@@ -10,8 +10,8 @@ use crate::decode::{Settings, Statistics, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::{DRAFT, Error, Result};
 use crate::lm::{Batch, Lm, Output, Row, Token, Want, extend};
-use crate::pair::Pair;
 use crate::sampling::RngState;
+use crate::session::pair::Pair;
 use crate::tokenizer::{EncodeOptions, StreamDecoder};
 
 /// One conversation with a pair: caches, the text that they hold, and the random numbers that come
@@ -286,7 +286,7 @@ impl Session {
             unreachable!("a row returns what it was asked for")
         };
         let logits = logits.to_vec();
-        target.keep(None)?;
+        target.commit(None)?;
         Ok(logits)
     }
 

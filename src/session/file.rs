@@ -27,10 +27,10 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::files::OutputFile;
-use crate::generation::{Ahead, Session, Snapshot};
 use crate::lm::{Lm, MAX_TREE};
-use crate::pair::Pair;
 use crate::sampling::RngState;
+use crate::session::generation::{Ahead, Session, Snapshot};
+use crate::session::pair::Pair;
 
 const MAGIC: &[u8; 8] = b"MTADSESS";
 const VERSION: u32 = 1;
@@ -464,7 +464,7 @@ fn read_rows<F: Read>(
 mod tests {
     use super::*;
     use crate::files::faults;
-    use crate::pair::LoadOptions;
+    use crate::session::pair::LoadOptions;
 
     #[test]
     fn a_session_survives_every_failure() {

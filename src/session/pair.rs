@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::decode::Vocabulary;
-use crate::engine::{Budget, Cpu, Device, Model, NoteListener, SessionOptions};
+use crate::engine::{Budget, Cpu, Device, Isa, Model, NoteListener, SessionOptions};
 use crate::error::{Error, Result};
-use crate::generation::Session;
 use crate::gguf::Gguf;
+use crate::session::generation::Session;
 use crate::tokenizer::Tokenizer;
 
 /// How a pair is loaded.
@@ -21,6 +21,9 @@ pub struct LoadOptions {
     pub draft_device: Option<String>,
     /// How many layers of the target the GPU runs, the last ones; `None` is all of them.
     pub gpu_layers: Option<usize>,
+    /// The instruction set of the CPU that is used; `None` is the best. (The command line and the functions for C
+    /// take the one that `MTAD_CPU` names: [`Isa::from_env`].)
+    pub isa: Option<Isa>,
     /// CPU threads; 0 is one for each physical core.
     pub threads: usize,
     /// Whether the CPU packs weights for its kernels when they are loaded; see
@@ -42,6 +45,7 @@ impl Default for LoadOptions {
             device: "auto".to_owned(),
             draft_device: None,
             gpu_layers: None,
+            isa: None,
             threads: 0,
             repack: true,
             memory: None,
@@ -73,7 +77,7 @@ impl LoadOptions {
     }
 
     fn cpu(&self) -> Result<Cpu> {
-        let cpu = Cpu::new(self.threads)?;
+        let cpu = Cpu::with_isa(self.threads, self.isa.unwrap_or(Isa::best()))?;
         Ok(if self.repack { cpu } else { cpu.without_repacking() })
     }
 
@@ -289,8 +293,8 @@ pub fn builtin_file(name: &str) -> Result<Gguf> {
         /// Aligned like a mapped file.
         #[repr(C, align(64))]
         struct Aligned<T: ?Sized>(T);
-        static TARGET: &Aligned<[u8]> = &Aligned(*include_bytes!("../models/target.gguf"));
-        static DRAFT: &Aligned<[u8]> = &Aligned(*include_bytes!("../models/draft.gguf"));
+        static TARGET: &Aligned<[u8]> = &Aligned(*include_bytes!("../../models/target.gguf"));
+        static DRAFT: &Aligned<[u8]> = &Aligned(*include_bytes!("../../models/draft.gguf"));
         match name {
             "target" => Gguf::from_static("builtin:target", &TARGET.0),
             "draft" => Gguf::from_static("builtin:draft", &DRAFT.0),
@@ -311,7 +315,7 @@ pub fn builtin_file(name: &str) -> Result<Gguf> {
 /// [`Error::Invalid`] if the program was built without the pair.
 pub fn builtin_questions() -> Result<&'static str> {
     #[cfg(feature = "builtin-pair")]
-    return Ok(include_str!("../models/questions.jsonl"));
+    return Ok(include_str!("../../models/questions.jsonl"));
     #[cfg(not(feature = "builtin-pair"))]
     Err(Error::invalid(
         "this program was built without the built-in pair and its questions; use a file of prompts",
