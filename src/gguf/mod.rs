@@ -19,10 +19,13 @@ mod value;
 mod write;
 
 use std::fs;
+use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Result};
@@ -45,10 +48,10 @@ pub struct Gguf {
     data_offset: u64,
     metadata: Vec<reader::Entry>,
     tensors: Vec<TensorInfo>,
-    /// Numbers of metadata entries, by key: files are asked for keys more often than they have some.
-    keys: Vec<u32>,
-    /// Numbers of tensors, by name.
-    names: Vec<u32>,
+    /// Metadata entries by key.
+    keys: Lookup,
+    /// Tensors by name.
+    names: Lookup,
 }
 
 /// One file.
@@ -130,6 +133,36 @@ impl Mapping {
         }
         #[cfg(not(unix))]
         let _ = part;
+    }
+}
+
+/// Numbers of things that are looked up by their names, which stay where they are: in the file.
+#[derive(Debug, Default)]
+struct Lookup {
+    numbers: HashTable<u32>,
+    /// Not the same in each process, so that no file can be made to be slow.
+    state: RandomState,
+}
+
+impl Lookup {
+    /// Of so many things, and the number of the first that has the name of an earlier one.
+    fn of<'a>(count: usize, name_of: &dyn Fn(u32) -> &'a str) -> (Self, Option<u32>) {
+        let state = RandomState::new();
+        let hash = |i: &u32| state.hash_one(name_of(*i));
+        let mut numbers = HashTable::with_capacity(count);
+        let mut again = None;
+        for i in 0..count as u32 {
+            let name = name_of(i);
+            match numbers.entry(state.hash_one(name), |other| name_of(*other) == name, hash) {
+                Entry::Vacant(place) => drop(place.insert(i)),
+                Entry::Occupied(_) => again = again.or(Some(i)),
+            }
+        }
+        (Lookup { numbers, state }, again)
+    }
+
+    fn find<'a>(&self, name: &str, name_of: impl Fn(u32) -> &'a str) -> Option<u32> {
+        self.numbers.find(self.state.hash_one(name), |i| name_of(*i) == name).copied()
     }
 }
 
@@ -247,8 +280,9 @@ impl Gguf {
 
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
         let header = reader::read_header(&name, bytes.as_slice())?;
-        let mut keys: Vec<u32> = (0..header.metadata.len() as u32).collect();
-        keys.sort_unstable_by_key(|&i| header.metadata[i as usize].key(bytes.as_slice()));
+        let key_of = |i: u32| header.metadata[i as usize].key(bytes.as_slice());
+        // (The reader has found all keys and names different.)
+        let (keys, _) = Lookup::of(header.metadata.len(), &key_of);
         let mut file = Gguf {
             parts: vec![Part { name, bytes }],
             version: header.version,
@@ -257,17 +291,19 @@ impl Gguf {
             metadata: header.metadata,
             tensors: header.tensors,
             keys,
-            names: Vec::new(),
+            names: Lookup::default(),
         };
-        file.sort_names();
+        file.index_names();
         Ok(file)
     }
 
-    /// Puts the tensors' names in order; to be called when there are other tensors.
-    fn sort_names(&mut self) {
-        let mut names: Vec<u32> = (0..self.tensors.len() as u32).collect();
-        names.sort_by_key(|&i| self.tensor_name(&self.tensors[i as usize]));
+    /// Makes tensors known by their names, as is to be done whenever there are others. Returns the
+    /// number of the first that has the name of an earlier one.
+    fn index_names(&mut self) -> Option<u32> {
+        let name_of = |i: u32| self.tensor_name(&self.tensors[i as usize]);
+        let (names, again) = Lookup::of(self.tensors.len(), &name_of);
         self.names = names;
+        again
     }
 
     /// The first file's bytes, which hold the metadata.
@@ -314,9 +350,8 @@ impl Gguf {
     /// The value of `key`, if the file has it.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
         let bytes = self.bytes();
-        let entry = |i: &u32| &self.metadata[*i as usize];
-        let found = self.keys.binary_search_by(|i| entry(i).key(bytes).cmp(key)).ok()?;
-        Some(entry(&self.keys[found]).value(bytes))
+        let entry = |i: u32| &self.metadata[i as usize];
+        self.keys.find(key, |i| entry(i).key(bytes)).map(|i| entry(i).value(bytes))
     }
 
     fn typed<'a, T>(
@@ -398,9 +433,8 @@ impl Gguf {
 
     /// The number of the tensor called `name`.
     fn index(&self, name: &str) -> Option<usize> {
-        let name_of = |i: &u32| self.tensor_name(&self.tensors[*i as usize]);
-        let found = self.names.binary_search_by(|i| name_of(i).cmp(name)).ok()?;
-        Some(self.names[found] as usize)
+        let name_of = |i: u32| self.tensor_name(&self.tensors[i as usize]);
+        self.names.find(name, name_of).map(|i| i as usize)
     }
 
     fn tensor_name(&self, info: &TensorInfo) -> &str {

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Gguf, TensorInfo};
+use super::Gguf;
 use crate::error::{Error, Result};
 
 /// More parts than this mean a damaged count.
@@ -110,12 +110,8 @@ pub(super) fn join(
         );
         return Err(Error::format(first.name(), what));
     }
-    first.sort_names();
-    // (Equal names stay in the order of the parts.)
-    let tensors: Vec<_> = first.names.iter().map(|&i| &first.tensors[i as usize]).collect();
-    let is_twice = |pair: &&[&TensorInfo]| first.tensor_name(pair[0]) == first.tensor_name(pair[1]);
-    if let Some(&[_, again]) = tensors.windows(2).find(is_twice) {
-        let tensor = first.view(again);
+    if let Some(again) = first.index_names() {
+        let tensor = first.view(&first.tensors[again as usize]);
         let what = format!(
             "tensor `{}` is in another part of the model, too; one of the two is of another model",
             tensor.name
