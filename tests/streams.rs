@@ -1,6 +1,6 @@
 //! What happens to the program from outside: streams that take nothing more, terminals, signals,
 //! pipes where files are expected.
-#![cfg(all(unix, feature = "builtin-pair"))]
+#![cfg(all(target_os = "linux", feature = "builtin-pair"))]
 
 mod common;
 
@@ -266,7 +266,6 @@ fn processes_with(word: &str) -> Vec<String> {
     with.map(|file| path(&file).to_owned()).collect()
 }
 
-#[cfg(target_os = "linux")]
 #[test]
 fn what_a_meter_starts_ends_with_it() {
     let gone = |word: &str| {
