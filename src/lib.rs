@@ -76,6 +76,7 @@ pub mod error;
 #[cfg(feature = "eval")]
 pub mod eval;
 pub mod exec;
+#[cfg_attr(not(feature = "cli"), allow(dead_code))]
 mod files;
 pub mod gguf;
 pub mod graph;

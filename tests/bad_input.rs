@@ -182,7 +182,7 @@ fn messages_name_what_is_missing_or_wrong() {
             &|w| {
                 w.set("llama.expert_count", 8u32);
             },
-            &["mixture of experts"],
+            &["llama.expert_used_count", "missing"],
         ),
         (
             &|w| {

@@ -292,9 +292,9 @@ pub(crate) fn largest(logits: &[f32], k: usize, into: &mut Vec<(Token, f32)>) {
     let most = k.saturating_mul(2).max(64);
     let mut least = f32::NEG_INFINITY;
     for (token, &x) in (0..).zip(logits) {
-        // What is not a number must be seen.
+        // What is not a number must be seen: it comes first, whatever its sign.
         if x >= least || x.is_nan() {
-            into.push((token, x));
+            into.push((token, if x.is_nan() { f32::NAN } else { x }));
             if into.len() == most {
                 into.select_nth_unstable_by(k - 1, largest_first);
                 into.truncate(k);
@@ -419,8 +419,10 @@ mod tests {
             all.truncate(k);
             assert_eq!(found, all);
         }
-        largest(&[0.0, f32::NAN, 1.0], 1, &mut found);
-        assert!(found[0].1.is_nan());
+        for nan in [f32::NAN, -f32::NAN] {
+            largest(&[0.0, nan, 1.0], 1, &mut found);
+            assert!(found[0].1.is_nan());
+        }
     }
 
     #[test]

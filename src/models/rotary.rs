@@ -80,7 +80,8 @@ impl Rotary {
                 };
                 Scaling::Linear(factor.map_or(1.0, f64::from))
             }
-            Some("longrope") => {
+            // (Its factors are tensors, which other families do not read.)
+            Some("longrope") if keys.architecture() == "phi3" => {
                 Scaling::PerPair { attention: number("rope.scaling.attn_factor", 1.0)? }
             }
             Some("yarn") => Scaling::Yarn(Yarn {
