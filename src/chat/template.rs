@@ -77,11 +77,9 @@ impl Inputs {
     pub fn set_messages(&mut self, json: &str, what: &str) -> Result<()> {
         let mut value = value_of(json, what)?;
         if value.kind() == ValueKind::Map {
-            for (key, into) in [("tools", &mut self.tools)] {
-                let found = value.get_attr(key).unwrap_or_default();
-                if !found.is_undefined() {
-                    *into = found;
-                }
+            let tools = value.get_attr("tools").unwrap_or_default();
+            if tools.kind() == ValueKind::Seq {
+                self.tools = tools;
             }
             value = value.get_attr("messages").unwrap_or_default();
         }

@@ -131,6 +131,9 @@ impl fmt::Display for Difference {
     }
 }
 
+/// Bytes by id.
+type Bytes = AHashMap<u32, Box<[u8]>>;
+
 /// Texts and types by id, and the ids with a role.
 #[derive(Debug)]
 pub(super) struct Vocab {
@@ -138,7 +141,7 @@ pub(super) struct Vocab {
     texts: Vec<Box<str>>,
     types: Vec<TokenType>,
     /// The bytes of tokens that are not UTF-8, of which `texts` has a readable form.
-    bytes: AHashMap<u32, Box<[u8]>>,
+    bytes: Bytes,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
     pub unk: Option<u32>,
@@ -329,7 +332,7 @@ pub(super) fn byte_of(text: &str) -> Option<u8> {
 }
 
 /// The texts of all tokens, and the bytes of those that are not UTF-8.
-fn read_texts(gguf: &Gguf) -> Result<(Vec<Box<str>>, AHashMap<u32, Box<[u8]>>)> {
+fn read_texts(gguf: &Gguf) -> Result<(Vec<Box<str>>, Bytes)> {
     const KEY: &str = "tokenizer.ggml.tokens";
     let error = |what: String| Error::format(gguf.name(), format!("`{KEY}`: {what}"));
     let array = gguf.get_array(KEY)?.ok_or_else(|| gguf.missing(KEY))?;
