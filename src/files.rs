@@ -57,7 +57,8 @@ enum Found {
     Nothing,
     /// A regular file.
     File(Metadata),
-    /// A standard stream of this process, by whatever name.
+    /// A standard stream of this process, by whatever name. (Other systems have no names for them.)
+    #[cfg_attr(not(unix), allow(dead_code))]
     Standard(File),
     /// What can only be written to. (Not opened: a FIFO waits for a reader.)
     Stream,
