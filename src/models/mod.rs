@@ -7,7 +7,7 @@
 mod assembler;
 mod cohere2;
 pub mod config;
-mod decoder;
+pub mod decoder;
 mod gemma;
 mod glm4;
 mod gpt2;
@@ -20,11 +20,11 @@ mod opt;
 mod phi3;
 mod qwen2;
 mod qwen3;
-mod rotary;
+pub mod rotary;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
-mod tensors;
+pub mod tensors;
 
 use std::sync::Arc;
 

@@ -58,7 +58,7 @@ impl Rotary {
     ///
     /// # Errors
     /// Impossible values; a scaling that is not known, by name.
-    pub(super) fn read(
+    pub fn read(
         keys: &Hyperparameters<'_>,
         pairs: RotaryPairs,
         head_dim: usize,
