@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use super::adapter::Adapter;
 use super::kernels::{Access, Kernel};
@@ -20,6 +20,9 @@ pub(super) const UPLOAD: usize = 16 << 20;
 /// Seconds that one submission should take at most: systems take a device that does not answer
 /// for lost after two.
 const SUBMISSION_SECONDS: f64 = 0.4;
+
+/// How long the word that a buffer is mapped may take when its device has nothing left to do.
+const MAPPING: Duration = Duration::from_secs(10);
 
 /// Dispatches of a pass that are submitted first, while the others are still being recorded.
 const FIRST_PIECE: usize = 16;
@@ -681,16 +684,20 @@ impl Device {
 
     /// Waits for everything that was submitted, and shows what a mapped buffer then holds.
     fn take(&self, staging: &wgpu::Buffer, bytes: u64, show: impl FnOnce(&[u8])) -> Result<()> {
-        let done: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>> = Arc::default();
-        let told = done.clone();
+        let (tell, told) = mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, ..bytes, move |result| {
-            *lock(&told) = Some(result);
+            // (Who asked may have given up.)
+            let _ = tell.send(result);
         });
         self.wait(None)?;
         lock(&self.last).take();
-        match lock(&done).take() {
-            Some(Ok(())) => {}
-            other => return Err(self.fault(format!("cannot be read back: {other:?}"))),
+        // Another thread that waits at the same time may be the one that is to tell.
+        let mapped = told.recv_timeout(MAPPING).map_err(|error| error.to_string());
+        match mapped.map(|mapped| mapped.map_err(|error| error.to_string())) {
+            Ok(Ok(())) => {}
+            Ok(Err(what)) | Err(what) => {
+                return Err(self.fault(format!("cannot be read back: {what}")));
+            }
         }
         let view = staging.get_mapped_range(..bytes).map_err(|e| self.fault(e.to_string()))?;
         show(&view);
