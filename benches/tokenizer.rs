@@ -1,4 +1,5 @@
-//! What a vocabulary costs to build, and a megabyte of text to encode and decode.
+//! What a vocabulary costs to build, and a megabyte of text to encode and decode; ten megabytes of
+//! stories with GPT-2's vocabulary, if the reference data are there.
 //!
 //!     cargo bench --bench tokenizer
 
@@ -36,6 +37,21 @@ fn build(bencher: Bencher) {
 #[divan::bench]
 fn encode(bencher: Bencher) {
     let (tokenizer, text) = (tokenizer(), text());
+    bencher
+        .counter(BytesCount::new(text.len()))
+        .bench_local(|| tokenizer.encode(&text, EncodeOptions::default()));
+}
+
+#[divan::bench(args = ["gpt-2", "llama-bpe", "smollm", "default", "gpt-4o", "deepseek-v3"], sample_count = 5)]
+fn encode_stories(bencher: Bencher, pre_tokenizer: &str) {
+    let shared = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+    let Ok(file) = Gguf::open(shared.join("vectors/tokenizer/ggml-vocab-gpt-2.gguf")) else {
+        return;
+    };
+    let text = std::fs::read_to_string(shared.join("corpus/tinystories_train.txt")).expect("text");
+    let mut text = text.repeat(2);
+    text.truncate((0..=10 << 20).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0));
+    let tokenizer = Tokenizer::with_pre_tokenizer(&file, Some(pre_tokenizer)).expect("a tokenizer");
     bencher
         .counter(BytesCount::new(text.len()))
         .bench_local(|| tokenizer.encode(&text, EncodeOptions::default()));
