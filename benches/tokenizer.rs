@@ -1,5 +1,5 @@
 //! What a vocabulary costs to build, and a megabyte of text to encode and decode; ten megabytes of
-//! stories with GPT-2's vocabulary, if the reference data are there.
+//! stories with GPT-2's vocabulary, if MTAD_SHARED names the reference data.
 //!
 //!     cargo bench --bench tokenizer
 
@@ -44,7 +44,9 @@ fn encode(bencher: Bencher) {
 
 #[divan::bench(args = ["gpt-2", "llama-bpe", "smollm", "default", "gpt-4o", "deepseek-v3"], sample_count = 5)]
 fn encode_stories(bencher: Bencher, pre_tokenizer: &str) {
-    let shared = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+    let Some(shared) = std::env::var_os("MTAD_SHARED").map(std::path::PathBuf::from) else {
+        return;
+    };
     let Ok(file) = Gguf::open(shared.join("vectors/tokenizer/ggml-vocab-gpt-2.gguf")) else {
         return;
     };

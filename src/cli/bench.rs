@@ -116,7 +116,8 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         }
     };
     let name = file.get_str("general.name").ok().flatten().unwrap_or(file.name()).to_owned();
-    let model = Model::load(Arc::new(file), &device, &mut loading_bar())?;
+    let file = Arc::new(file);
+    let model = Model::load_within(file, &device, &options.budget(), &mut loading_bar())?;
     model.on_note(note_listener());
     // The map keeps the file; where systems allow it, it is gone even if the process is killed.
     #[cfg(unix)]

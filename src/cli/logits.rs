@@ -45,7 +45,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     let options = args.device.load_options()?;
     let file = Arc::new(open_model_as(&args.model, &options)?);
     let device = options.device()?;
-    let model = Model::load(file, &device, &mut loading_bar())?;
+    let model = Model::load_within(file, &device, &options.budget(), &mut loading_bar())?;
     model.on_note(note_listener());
     let context = args.device.context();
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;

@@ -55,11 +55,12 @@ pub struct PerplexityArgs {
 pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let text = read_text(None, args.file.as_ref(), "text")?;
     let path = args.model.as_deref().unwrap_or("builtin:target".as_ref());
-    let file = Arc::new(open_model_as(path, &args.device.load_options()?)?);
+    let options = args.device.load_options()?;
+    let file = Arc::new(open_model_as(path, &options)?);
     let tokenizer = Tokenizer::with_pre_tokenizer(&file, args.vocabulary.pre_tokenizer.as_deref())?;
     print_notes(tokenizer.notes().to_vec());
-    let device = args.device.load_options()?.device()?;
-    let model = Model::load(file, &device, &mut loading_bar())?;
+    let device = options.device()?;
+    let model = Model::load_within(file, &device, &options.budget(), &mut loading_bar())?;
     model.on_note(note_listener());
     let context = Some(args.device.context().unwrap_or(args.chunk));
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;

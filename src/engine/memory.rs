@@ -87,33 +87,63 @@ fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let control_group = control_group_left(std::path::Path::new("/sys/fs/cgroup"));
-    Some((kilobytes << 10).min(control_group.unwrap_or(u64::MAX)))
+    let least = ControlGroups::VERSIONS.iter().filter_map(ControlGroups::left).min();
+    Some((kilobytes << 10).min(least.unwrap_or(u64::MAX)))
 }
 
-/// What the control groups of this process (version 2) leave it: the least of all above it.
+/// Where a version of Linux's control groups says how much memory they allow.
 #[cfg(target_os = "linux")]
-fn control_group_left(root: &std::path::Path) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let number = |folder: &std::path::Path, name: &str| -> Option<u64> {
-        std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
-    };
-    let folder = root.join(path);
-    let mut least = None;
-    for folder in folder.ancestors().take_while(|folder| folder.starts_with(root)) {
-        if let (Some(most), Some(now)) =
-            (number(folder, "memory.max"), number(folder, "memory.current"))
-        {
-            // (Pages of files that are not in use are given up when memory is wanted.)
-            let text = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-            let file = text.lines().find_map(|line| line.strip_prefix("inactive_file "));
-            let file: u64 = file.and_then(|n| n.parse().ok()).unwrap_or(0);
-            let left = most.saturating_sub(now.saturating_sub(file));
-            least = Some(left.min(least.unwrap_or(u64::MAX)));
-        }
+struct ControlGroups {
+    /// What the line of `/proc/self/cgroup` has between its colons.
+    controller: &'static str,
+    root: &'static str,
+    most: &'static str,
+    now: &'static str,
+    /// Of `memory.stat`: pages of files that are given up when memory is wanted.
+    idle: &'static str,
+}
+
+#[cfg(target_os = "linux")]
+impl ControlGroups {
+    const VERSIONS: [ControlGroups; 2] = [
+        ControlGroups {
+            controller: "",
+            root: "/sys/fs/cgroup",
+            most: "memory.max",
+            now: "memory.current",
+            idle: "inactive_file ",
+        },
+        ControlGroups {
+            controller: "memory",
+            root: "/sys/fs/cgroup/memory",
+            most: "memory.limit_in_bytes",
+            now: "memory.usage_in_bytes",
+            idle: "total_inactive_file ",
+        },
+    ];
+
+    /// What the groups of this process leave it: the least of all above it.
+    fn left(&self) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let path = text.lines().find_map(|line| {
+            let (_, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            let is_it = controllers.split(',').any(|name| name == self.controller);
+            is_it.then(|| path.trim_start_matches('/'))
+        })?;
+        let root = std::path::Path::new(self.root);
+        let folder = root.join(path);
+        folder.ancestors().take_while(|f| f.starts_with(root)).filter_map(|f| self.left_in(f)).min()
     }
-    least
+
+    fn left_in(&self, folder: &std::path::Path) -> Option<u64> {
+        let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+        let number = |name: &str| -> Option<u64> { read(name)?.trim().parse().ok() };
+        let (most, now) = (number(self.most)?, number(self.now)?);
+        let stat = read("memory.stat").unwrap_or_default();
+        let idle = stat.lines().find_map(|line| line.strip_prefix(self.idle)?.parse().ok());
+        Some(most.saturating_sub(now.saturating_sub(idle.unwrap_or(0))))
+    }
 }
 
 /// What the system has free.

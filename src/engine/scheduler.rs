@@ -189,8 +189,12 @@ impl Scheduler {
             let mut state = self.lock();
             state.took(begun.elapsed(), std::iter::once(&**post));
             state.workspace = Some(workspace);
+            // (Waking is a system call even where nobody waits, and a small model's pass is short.)
+            let is_wanted = !state.queue.is_empty();
             drop(state);
-            self.changed.notify_all();
+            if is_wanted {
+                self.changed.notify_all();
+            }
             return evaluated;
         }
         let ticket = state.next_ticket;

@@ -64,7 +64,8 @@ impl LoadOptions {
         Device::named(&self.device, self.cpu()?, self.gpu_layers)
     }
 
-    fn budget(&self) -> Budget {
+    /// The memory that may be taken.
+    pub fn budget(&self) -> Budget {
         self.memory.map_or_else(Budget::available, Budget::of)
     }
 
