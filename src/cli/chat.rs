@@ -524,8 +524,9 @@ mod terminal {
         let failed = |e| Error::io("terminal", e);
         let mut typed = String::new();
         loop {
-            eprint!("{}", if typed.is_empty() { "> " } else { ". " });
-            io::stderr().flush().map_err(failed)?;
+            let prompt = if typed.is_empty() { "> " } else { ". " };
+            let mut to = io::stderr();
+            to.write_all(prompt.as_bytes()).and_then(|()| to.flush()).map_err(failed)?;
             let mut line = String::new();
             if io::stdin().lock().read_line(&mut line).map_err(failed)? == 0 {
                 return Ok(());

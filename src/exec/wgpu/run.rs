@@ -85,14 +85,12 @@ impl GpuStage {
     ) -> Result<Self> {
         let refuse = |what: String| {
             let file = program.weights.first().map_or("the model", |w| w.tensor.view().file);
-            Err(Error::unsupported(file, format!("{what}; use `--device cpu`")))
+            Err(Error::unsupported(file, format!("{what}; it runs on the CPU")))
         };
         let name = gpu.adapter.name();
         for op in &program.ops[ops.clone()] {
             if let Op::Experts { .. } = op {
-                return refuse(format!(
-                    "{name} was to run it, and mixtures of experts run on the CPU"
-                ));
+                return refuse(format!("{name} runs no mixtures of experts"));
             }
             let Some(KvShape { head_dim, .. }) = op.layer().map(|layer| program.layers[layer])
             else {
