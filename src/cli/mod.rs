@@ -147,6 +147,9 @@ fn hint(error: &Error) -> &'static str {
     match error {
         Error::ContextFull { .. } => " (--ctx-size)",
         Error::Quantized { .. } => " (--requantize)",
+        Error::Unsupported { what, .. } if what.starts_with("pre-tokenizer ") => {
+            " (--pre-tokenizer NAME)"
+        }
         _ => "",
     }
 }

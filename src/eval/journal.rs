@@ -40,7 +40,7 @@ impl Journal {
         let head = format!("{}\n", json!({"mtad_eval": fingerprint}));
         let other = || {
             Error::invalid(format!(
-                "{name} is of another pair, other tasks or other settings; name another --out, or remove it"
+                "{name} is of another pair, other tasks or other settings; choose another file, or remove it"
             ))
         };
         let mut outcomes = Vec::new();

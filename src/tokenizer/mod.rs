@@ -349,16 +349,15 @@ fn pre_tokenizer_of(
     let Some(name) = named else {
         notes.push(format!(
             "{}: `{PRE}` is missing; words are cut as `default` does, which is hardly what the \
-             model was trained with (name the right one with --pre-tokenizer, or convert the model \
-             anew)",
+             model was trained with (choose the right pre-tokenizer, or convert the model anew)",
             gguf.name()
         ));
         return Ok(PreTokenizer::named("default"));
     };
     PreTokenizer::named(name).map(Some).ok_or_else(|| {
         let what = format!(
-            "pre-tokenizer {name:?} (`{PRE}`) is not known; say which of these cuts words as it \
-             does with --pre-tokenizer NAME: {}",
+            "pre-tokenizer {name:?} (`{PRE}`) is not known; choose the one of these that cuts \
+             words as it does: {}",
             known()
         );
         Error::unsupported(gguf.name(), what)
