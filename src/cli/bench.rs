@@ -12,12 +12,9 @@ use tempfile::NamedTempFile;
 
 use super::console::tell;
 use super::metering::{MeterArgs, Metering, Work};
-use super::{
-    DeviceArgs, interrupts, loading_bar, note_listener, open_model_as, print_line, progress_bar,
-};
+use super::{DeviceArgs, interrupts, load_model, open_model_as, print_line, progress_bar};
 use crate::bench::{Observer, Plan, Report, Synthetic, measure};
 use crate::energy::Window;
-use crate::engine::Model;
 use crate::error::{Error, Result};
 
 /// Time passes over a model, and compare them with what the machine can do at most
@@ -116,9 +113,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         }
     };
     let name = file.get_str("general.name").ok().flatten().unwrap_or(file.name()).to_owned();
-    let file = Arc::new(file);
-    let model = Model::load_within(file, &device, &options.budget(), &mut loading_bar())?;
-    model.on_note(note_listener());
+    let model = load_model(Arc::new(file), &device, &options)?;
     // The map keeps the file; where systems allow it, it is gone even if the process is killed.
     #[cfg(unix)]
     drop(scratch);

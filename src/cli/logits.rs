@@ -8,9 +8,9 @@ use std::time::Instant;
 use clap::Args;
 
 use super::interrupts::{self, Finishing};
-use super::{DeviceArgs, loading_bar, note_listener, open_model_as};
+use super::{DeviceArgs, load_model, open_model_as};
 use crate::decode::Pieces;
-use crate::engine::{Model, SessionOptions};
+use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
 use crate::files::OutputFile;
 use crate::lm::{Batch, MAX_TREE, Row, Want};
@@ -45,8 +45,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     let options = args.device.load_options()?;
     let file = Arc::new(open_model_as(&args.model, &options)?);
     let device = options.device()?;
-    let model = Model::load_within(file, &device, &options.budget(), &mut loading_bar())?;
-    model.on_note(note_listener());
+    let model = load_model(file, &device, &options)?;
     let context = args.device.context();
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     // Asked first, so that no file is left behind when the tokens do not do.

@@ -36,7 +36,7 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::decode::Strategy;
-use crate::engine::{Isa, NoteListener};
+use crate::engine::{Device, Isa, Model, NoteListener};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::session::pair::{LoadOptions, builtin_file};
@@ -289,6 +289,13 @@ fn open_model_as(path: &std::path::Path, options: &LoadOptions) -> Result<Gguf> 
         Some(name) => builtin_file(name),
         None => options.open(path),
     }
+}
+
+/// Loads a model within the memory that the options allow, and has its notes printed.
+fn load_model(file: Arc<Gguf>, device: &Device, options: &LoadOptions) -> Result<Model> {
+    let model = Model::load_within(file, device, &options.budget(), &mut loading_bar())?;
+    model.on_note(note_listener());
+    Ok(model)
 }
 
 /// The text that a command works on: its argument, a file, or standard input.

@@ -10,11 +10,11 @@ use serde_json::json;
 use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::{
-    DeviceArgs, VocabularyArgs, loading_bar, note_listener, of_option, open_model_as, print_line,
-    print_notes, progress_bar, read_text,
+    DeviceArgs, VocabularyArgs, load_model, of_option, open_model_as, print_line, print_notes,
+    progress_bar, read_text,
 };
 use crate::decode::Interruptible;
-use crate::engine::{Model, SessionOptions};
+use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
 use crate::eval::perplexity::perplexity as measure;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
@@ -60,8 +60,7 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let tokenizer = Tokenizer::with_pre_tokenizer(&file, args.vocabulary.pre_tokenizer.as_deref())?;
     print_notes(tokenizer.notes().to_vec());
     let device = options.device()?;
-    let model = Model::load_within(file, &device, &options.budget(), &mut loading_bar())?;
-    model.on_note(note_listener());
+    let model = load_model(file, &device, &options)?;
     let context = Some(args.device.context().unwrap_or(args.chunk));
     let mut lm = model.session(&SessionOptions { context, ..SessionOptions::default() })?;
     let add_bos = tokenizer.add_bos();

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::graph::{BufferId, KvShape, Program};
+use crate::graph::{BufferId, KvShape, Program, RowSet};
 use crate::lm::TopK;
 
 /// Consecutive rows of a pass that belong to one sequence.
@@ -60,6 +60,14 @@ impl Rows<'_> {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
+    }
+
+    /// How many rows a buffer of such rows has in this pass.
+    pub fn count(&self, set: RowSet) -> usize {
+        match set {
+            RowSet::All => self.len(),
+            RowSet::Wanted => self.wanted.len(),
+        }
     }
 }
 

@@ -63,9 +63,10 @@ impl<'a> Assembler<'a> {
         self.graph.begin_layer(kv)
     }
 
-    /// Ends the layers: names are whole from now on.
-    pub fn end_layers(&mut self) {
+    /// Ends the layers: names are whole from now on. Returns the rows of `x` whose logits are wanted.
+    pub fn end_layers(&mut self, x: BufferId) -> BufferId {
         self.prefix.clear();
+        self.graph.select_rows(x)
     }
 
     /// Whether the file has a tensor of this name.
@@ -201,6 +202,23 @@ impl<'a> Assembler<'a> {
         self.graph.linear_add(x, weight, out)
     }
 
+    /// Adds the RMSNorm, by `norm.weight`, of the product of `x` with a matrix to `out`.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn linear_add_normed(
+        &mut self,
+        x: BufferId,
+        name: &str,
+        norm: &str,
+        epsilon: f32,
+        out: BufferId,
+    ) -> Result<()> {
+        let [made] = self.linear(x, [(name, self.graph.width(out))])?;
+        let normed = self.rms_norm(made, norm, epsilon)?;
+        self.graph.add(out, normed, 1.0)
+    }
+
     /// Rotations.
     pub fn rotary(&mut self, table: RotaryTable) -> RotaryId {
         self.graph.rotary(table)
@@ -275,6 +293,21 @@ impl<'a> Assembler<'a> {
         self.graph.add_positions(table, x)
     }
 
+    /// The inside of a feed-forward part, by the matrix `ffn_up`.
+    ///
+    /// # Errors
+    /// As [`Assembler::matrix`].
+    pub fn activated(
+        &mut self,
+        x: BufferId,
+        ffn_width: usize,
+        activation: Activation,
+    ) -> Result<BufferId> {
+        let [up] = self.linear(x, [("ffn_up", ffn_width)])?;
+        self.graph.activate(activation, up);
+        Ok(up)
+    }
+
     /// The inside of a gated feed-forward part, by the matrices `ffn_gate` and `ffn_up`.
     ///
     /// # Errors
@@ -347,11 +380,6 @@ impl<'a> Assembler<'a> {
         let routing = Routing::Sigmoid;
         let experts = Experts { experts: vec![expert], used: 1, routing, gating, scale: 1.0 };
         self.graph.experts(x, router, experts)
-    }
-
-    /// The rows of `x` whose logits are wanted.
-    pub fn select_rows(&mut self, x: BufferId) -> BufferId {
-        self.graph.select_rows(x)
     }
 
     /// Logits of hidden rows: by `output.weight`, or by the embedding where the file has no such tensor.

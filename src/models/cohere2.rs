@@ -12,9 +12,7 @@ use crate::graph::{Activation, Attention, BufferId, RotaryPairs};
 /// What [`Config::read`] and the [`Assembler`] report.
 pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     let config = Config::read(&m.keys(), RotaryPairs::Interleaved)?;
-    let Config { width, ffn_width, heads, head_dim, epsilon, window, layers, .. } = config;
-    let (q_width, kv_width) = (heads * head_dim, config.kv().width());
-    let scale = 1.0 / (head_dim as f32).sqrt();
+    let Config { width, ffn_width, epsilon, window, layers, .. } = config;
     let logit_scale = m.keys().positive("logit_scale", 1.0)?;
     let x = m.embed(width, 1.0)?;
     let rotary = m.rotary(config.rotary.table(None));
@@ -22,17 +20,15 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         let layer = m.begin_layer(i, config.kv());
         let is_local = i % 4 != 3;
         let normed = m.layer_norm_groups(x, "attn_norm", width, epsilon)?;
-        let widths = [("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)];
-        let qkv = m.linear(normed, widths)?;
+        let qkv = m.linear(normed, config.qkv())?;
         let window = window.filter(|_| is_local);
-        let attention = Attention { window, ..Attention::scaled(scale) };
+        let attention = Attention { window, ..config.attention() };
         let attended = m.attend(qkv, is_local.then_some(rotary), layer, attention)?;
         let gated = m.gated(normed, ffn_width, Activation::Silu)?;
         m.linear_add(attended, "attn_output", x)?;
         m.linear_add(gated, "ffn_down", x)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.layer_norm_groups(last, "output_norm", width, epsilon)?;
     let logits = m.logits(normed)?;
     m.graph().scale(logits, logit_scale);

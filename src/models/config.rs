@@ -3,7 +3,7 @@
 use super::rotary::Rotary;
 use crate::error::{Error, Result};
 use crate::gguf::{Array, Gguf, Value};
-use crate::graph::{KvShape, RotaryPairs};
+use crate::graph::{Attention, KvShape, RotaryPairs};
 
 /// Larger values than this in any dimension mean damaged metadata. Tensors are checked against
 /// these figures, and tensors fit the file, so memory stays in proportion to it.
@@ -246,6 +246,18 @@ impl Config {
             context,
             experts: Mixture::read(keys, ffn_width)?,
         })
+    }
+
+    /// The matrices of queries, keys and values, each with its outputs.
+    pub fn qkv(&self) -> [(&'static str, usize); 3] {
+        let (q, kv) = (self.heads * self.head_dim, self.kv().width());
+        [("attn_q", q), ("attn_k", kv), ("attn_v", kv)]
+    }
+
+    /// Attention with scores over sqrt(head_dim), over the file's window if it has one.
+    pub fn attention(&self) -> Attention {
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        Attention { window: self.window, ..Attention::scaled(scale) }
     }
 
     /// What each layer keeps of a row.

@@ -4,9 +4,7 @@
 use super::Assembler;
 use super::config::Config;
 use crate::error::Result;
-use crate::graph::{
-    Activation, Attention, BufferId, Gating, KvShape, RotaryId, RotaryPairs, Routing,
-};
+use crate::graph::{Activation, BufferId, Gating, RotaryId, RotaryPairs, Routing};
 
 /// Where a family differs from Llama.
 pub struct Decoder {
@@ -76,8 +74,7 @@ impl Decoder {
                 }
             }
         }
-        m.end_layers();
-        let last = m.select_rows(x);
+        let last = m.end_layers(x);
         let normed = m.rms_norm(last, "output_norm", config.epsilon)?;
         let logits = m.logits(normed)?;
         if self.logit_scale != 1.0 {
@@ -94,16 +91,14 @@ impl Decoder {
         rotary: Option<RotaryId>,
         layer: usize,
     ) -> Result<BufferId> {
-        let Config { heads, head_dim, epsilon, window, .. } = *config;
-        let KvShape { heads: kv_heads, .. } = config.kv();
-        let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let [mut q, mut k, v] =
-            m.linear(x, [("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)])?;
+        let Config { head_dim, epsilon, .. } = *config;
+        let [mut q, mut k, v] = m.linear(x, config.qkv())?;
         if self.head_norms {
             q = m.rms_norm_groups(q, "attn_q_norm", head_dim, epsilon)?;
             k = m.rms_norm_groups(k, "attn_k_norm", head_dim, epsilon)?;
         }
-        let scale = self.attention_scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
-        m.attend([q, k, v], rotary, layer, Attention { window, ..Attention::scaled(scale) })
+        let mut attention = config.attention();
+        attention.scale = self.attention_scale.unwrap_or(attention.scale);
+        m.attend([q, k, v], rotary, layer, attention)
     }
 }

@@ -45,8 +45,7 @@ pub fn assemble_third(m: &mut Assembler<'_>) -> Result<BufferId> {
 fn assemble_generation(m: &mut Assembler<'_>, generation: &Generation) -> Result<BufferId> {
     let keys = m.keys();
     let config = Config::read(&keys, RotaryPairs::Halves)?;
-    let Config { width, ffn_width, heads, head_dim, epsilon, window, layers, .. } = config;
-    let (q_width, kv_width) = (heads * head_dim, config.kv().width());
+    let Config { width, ffn_width, head_dim, epsilon, window, layers, .. } = config;
     let attention = Attention {
         soft_cap: keys.optional_positive("attn_logit_softcapping")?,
         ..Attention::scaled(1.0 / (query_divisor(&keys, &config) as f32).sqrt())
@@ -64,8 +63,7 @@ fn assemble_generation(m: &mut Assembler<'_>, generation: &Generation) -> Result
         let layer = m.begin_layer(i, config.kv());
         let is_local = (i + 1) % generation.period != 0;
         let normed = m.rms_norm(x, "attn_norm", epsilon)?;
-        let widths = [("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)];
-        let [mut q, mut k, v] = m.linear(normed, widths)?;
+        let [mut q, mut k, v] = m.linear(normed, config.qkv())?;
         if generation.third {
             q = m.rms_norm_groups(q, "attn_q_norm", head_dim, epsilon)?;
             k = m.rms_norm_groups(k, "attn_k_norm", head_dim, epsilon)?;
@@ -88,8 +86,7 @@ fn assemble_generation(m: &mut Assembler<'_>, generation: &Generation) -> Result
         let gated = m.gated(normed, ffn_width, Activation::GeluTanh)?;
         add_normed(m, gated, "ffn_down", x, generation.post_norms, "post_ffw_norm", epsilon)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.rms_norm(last, "output_norm", epsilon)?;
     let logits = m.logits(normed)?;
     if let Some(cap) = keys.optional_positive("final_logit_softcapping")? {
@@ -111,10 +108,7 @@ fn add_normed(
     if !post_norms {
         return m.linear_add(from, matrix, x);
     }
-    let width = m.graph().width(x);
-    let [made] = m.linear(from, [(matrix, width)])?;
-    let normed = m.rms_norm(made, norm, epsilon)?;
-    m.graph().add(x, normed, 1.0)
+    m.linear_add_normed(from, matrix, norm, epsilon, x)
 }
 
 /// Queries are divided by the root of this: elements of a head, but of the largest models the width divided by the

@@ -30,12 +30,10 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         m.linear_add(attended, "attn_output", x)?;
 
         let normed = m.layer_norm(x, "ffn_norm", epsilon)?;
-        let [up] = m.linear(normed, [("ffn_up", ffn_width)])?;
-        m.graph().activate(Activation::GeluTanh, up);
+        let up = m.activated(normed, ffn_width, Activation::GeluTanh)?;
         m.linear_add(up, "ffn_down", x)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.layer_norm(last, "output_norm", epsilon)?;
     m.logits(normed)
 }

@@ -24,9 +24,7 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         let attended = m.attend(qkv, Some(rotary), layer, attention)?;
         let ffn = |m: &mut Assembler<'_>| {
             let normed = m.layer_norm(x, "ffn_norm", epsilon)?;
-            let [up] = m.linear(normed, [("ffn_up", ffn_width)])?;
-            m.graph().activate(Activation::Gelu, up);
-            Ok::<_, crate::Error>(up)
+            m.activated(normed, ffn_width, Activation::Gelu)
         };
         // (What stands beside attention reads the residual stream before attention is added to it.)
         let up = if beside { Some(ffn(m)?) } else { None };
@@ -37,8 +35,7 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         };
         m.linear_add(up, "ffn_down", x)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.layer_norm(last, "output_norm", epsilon)?;
     m.logits(normed)
 }

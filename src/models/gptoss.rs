@@ -12,21 +12,18 @@ use crate::graph::{Attention, BufferId, Gating, RotaryPairs, Routing};
 /// What [`Config::read`] and the [`Assembler`] report; a file without experts.
 pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     let config = Config::read(&m.keys(), RotaryPairs::Halves)?;
-    let Config { width, heads, head_dim, epsilon, window, layers, .. } = config;
+    let Config { width, heads, epsilon, window, layers, .. } = config;
     let Some(experts) = config.experts else { return Err(m.keys().missing("expert_count")) };
-    let (q_width, kv_width) = (heads * head_dim, config.kv().width());
-    let scale = 1.0 / (head_dim as f32).sqrt();
     let x = m.embed(width, 1.0)?;
     let rotary = m.rotary(config.rotary.untruncated().table(None));
     for i in 0..layers {
         let layer = m.begin_layer(i, config.kv());
         let normed = m.rms_norm(x, "attn_norm", epsilon)?;
-        let widths = [("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)];
-        let qkv = m.linear(normed, widths)?;
+        let qkv = m.linear(normed, config.qkv())?;
         let attention = Attention {
             window: window.filter(|_| i % 2 == 0),
             sinks: Some(m.vector("attn_sinks.weight", heads)?),
-            ..Attention::scaled(scale)
+            ..config.attention()
         };
         let attended = m.attend(qkv, Some(rotary), layer, attention)?;
         m.linear_add(attended, "attn_output", x)?;
@@ -36,8 +33,7 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         let mixed = m.experts(normed, experts, Routing::SoftmaxOfChosen, gating)?;
         m.graph().add(x, mixed, 1.0)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.rms_norm(last, "output_norm", epsilon)?;
     m.logits(normed)
 }

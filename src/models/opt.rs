@@ -43,15 +43,13 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         }
 
         let normed = if before { m.layer_norm(x, "ffn_norm", epsilon)? } else { x };
-        let [up] = m.linear(normed, [("ffn_up", ffn_width)])?;
-        m.graph().activate(Activation::Relu, up);
+        let up = m.activated(normed, ffn_width, Activation::Relu)?;
         m.linear_add(up, "ffn_down", x)?;
         if !before {
             x = m.layer_norm(x, "ffn_norm", epsilon)?;
         }
     }
-    m.end_layers();
-    let mut last = m.select_rows(x);
+    let mut last = m.end_layers(x);
     // Models with norms after their parts end in one already; some others were stored without.
     if m.has("output_norm.weight") {
         last = m.layer_norm(last, "output_norm", epsilon)?;

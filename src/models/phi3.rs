@@ -4,7 +4,7 @@
 use super::Assembler;
 use super::config::Config;
 use crate::error::Result;
-use crate::graph::{Activation, Attention, BufferId, Gating, RotaryPairs};
+use crate::graph::{Activation, BufferId, Gating, RotaryPairs};
 
 /// Writes the forward pass down.
 ///
@@ -12,10 +12,8 @@ use crate::graph::{Activation, Attention, BufferId, Gating, RotaryPairs};
 /// What [`Config::read`] and the [`Assembler`] report.
 pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     let config = Config::read(&m.keys(), RotaryPairs::Halves)?;
-    let Config { width, ffn_width, heads, head_dim, epsilon, window, layers, .. } = config;
-    let (q_width, kv_width) = (heads * head_dim, config.kv().width());
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    let attention = Attention { window, ..Attention::scaled(scale) };
+    let Config { width, ffn_width, epsilon, layers, .. } = config;
+    let attention = config.attention();
     let x = m.embed(width, 1.0)?;
     let pairs = config.rotary.dims / 2;
     let (short, long) = (
@@ -29,7 +27,7 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     for i in 0..layers {
         let layer = m.begin_layer(i, config.kv());
         let normed = m.rms_norm(x, "attn_norm", epsilon)?;
-        let qkv = m.linear_parts(normed, "attn_qkv", [q_width, kv_width, kv_width])?;
+        let qkv = m.linear_parts(normed, "attn_qkv", config.qkv().map(|(_, outputs)| outputs))?;
         let attended = m.attend(qkv, Some(rotary), layer, attention)?;
         m.linear_add(attended, "attn_output", x)?;
 
@@ -38,8 +36,7 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         m.graph().gate(Gating::Activated(Activation::Silu), gate, up)?;
         m.linear_add(gate, "ffn_down", x)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.rms_norm(last, "output_norm", epsilon)?;
     m.logits(normed)
 }

@@ -12,16 +12,14 @@ use crate::graph::{Activation, Attention, BufferId, RotaryPairs};
 /// What [`Config::read`] and the [`Assembler`] report.
 pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     let config = Config::read(&m.keys(), RotaryPairs::Halves)?;
-    let Config { width, ffn_width, heads, head_dim, epsilon, layers, .. } = config;
-    let (q_width, kv_width) = (heads * head_dim, config.kv().width());
+    let Config { width, ffn_width, head_dim, epsilon, layers, .. } = config;
     let attention = Attention::scaled(1.0 / (head_dim as f32).sqrt());
     let x = m.embed(width, 1.0)?;
     let rotary = m.rotary(config.rotary.table(None));
     for i in 0..layers {
         let layer = m.begin_layer(i, config.kv());
         let normed = m.layer_norm(x, "attn_norm", epsilon)?;
-        let widths = [("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)];
-        let [mut q, mut k, v] = m.linear(normed, widths)?;
+        let [mut q, mut k, v] = m.linear(normed, config.qkv())?;
         if m.has("attn_q_norm.weight") {
             q = m.layer_norm_groups(q, "attn_q_norm", head_dim, epsilon)?;
             k = m.layer_norm_groups(k, "attn_k_norm", head_dim, epsilon)?;
@@ -40,8 +38,7 @@ pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
         };
         m.linear_add(gated, "ffn_down", x)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.layer_norm(last, "output_norm", epsilon)?;
     m.logits(normed)
 }

@@ -3,7 +3,7 @@
 use super::Assembler;
 use super::config::Config;
 use crate::error::Result;
-use crate::graph::{Activation, Attention, BufferId, RotaryPairs};
+use crate::graph::{Activation, BufferId, RotaryPairs};
 
 /// Writes the forward pass down.
 ///
@@ -11,26 +11,22 @@ use crate::graph::{Activation, Attention, BufferId, RotaryPairs};
 /// What [`Config::read`] and the [`Assembler`] report.
 pub fn assemble(m: &mut Assembler<'_>) -> Result<BufferId> {
     let config = Config::read(&m.keys(), RotaryPairs::Halves)?;
-    let Config { width, ffn_width, heads, head_dim, epsilon, window, layers, .. } = config;
-    let (q_width, kv_width) = (heads * head_dim, config.kv().width());
-    let attention = Attention { window, ..Attention::scaled(1.0 / (head_dim as f32).sqrt()) };
+    let Config { width, ffn_width, epsilon, layers, .. } = config;
+    let attention = config.attention();
     let x = m.embed(width, 1.0)?;
     let rotary = m.rotary(config.rotary.table(None));
     for i in 0..layers {
         let layer = m.begin_layer(i, config.kv());
         let normed = m.layer_norm(x, "attn_norm", epsilon)?;
-        let widths = [("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)];
-        let qkv = m.linear(normed, widths)?;
+        let qkv = m.linear(normed, config.qkv())?;
         let attended = m.attend(qkv, Some(rotary), layer, attention)?;
         m.linear_add(attended, "attn_output", x)?;
 
         let normed = m.layer_norm(x, "ffn_norm", epsilon)?;
-        let [up] = m.linear(normed, [("ffn_up", ffn_width)])?;
-        m.graph().activate(Activation::GeluTanh, up);
+        let up = m.activated(normed, ffn_width, Activation::GeluTanh)?;
         m.linear_add(up, "ffn_down", x)?;
     }
-    m.end_layers();
-    let last = m.select_rows(x);
+    let last = m.end_layers(x);
     let normed = m.layer_norm(last, "output_norm", epsilon)?;
     m.logits(normed)
 }

@@ -383,7 +383,7 @@ const KINDS: &[Kind] = &[
             Words(LATIN_MARKS, Whole),
         ],
     },
-    Kind { names: &["gemma4", "granite-embed-multi-311m", "sarvam-moe"], cuts: &[LINES] },
+    Kind { names: &AS_TEXT, cuts: &[LINES] },
 ];
 
 /// Names whose texts are spelled as text rather than as bytes.

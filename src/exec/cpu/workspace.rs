@@ -6,7 +6,7 @@ use super::LANES;
 use super::matmul::ActivationLayout;
 use crate::error::{Error, Result};
 use crate::exec::{self, Rows};
-use crate::graph::{BufferId, BufferShape, Op, Program, RowSet};
+use crate::graph::{BufferId, BufferShape, Op, Program};
 
 /// Activations: rows of `width` f32, each padded with zeros to whole vectors.
 #[derive(Debug, Default)]
@@ -111,10 +111,7 @@ impl Workspace {
     /// There is no memory.
     pub fn reserve(&mut self, rows: &Rows<'_>) -> Result<()> {
         for (shape, buffer) in self.shapes.iter().zip(&mut self.buffers) {
-            buffer.set_rows(match shape.rows {
-                RowSet::All => rows.len(),
-                RowSet::Wanted => rows.wanted.len(),
-            })?;
+            buffer.set_rows(rows.count(shape.rows))?;
         }
         for (buffer, &width) in self.expert.iter_mut().zip(&self.expert_widths) {
             let len = rows.len() * width.next_multiple_of(LANES);

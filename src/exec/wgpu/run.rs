@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::exec::{self, CacheType, KvCache, Loaded, Rows, Segment, Stage, Workspace};
 use crate::graph::{
     Attention, BufferId, BufferShape, KvShape, Norm, NormKind, Op, Program, RotaryId, RotaryPairs,
-    RowSet, WeightId,
+    WeightId,
 };
 use crate::lm::TopK;
 
@@ -184,7 +184,7 @@ impl Stage for GpuStage {
             own_caches.push(cache);
         }
         for &id in &self.buffers {
-            workspace.make_room(id, rows_of(rows, self.program.buffer(id).rows))?;
+            workspace.make_room(id, rows.count(self.program.buffer(id).rows))?;
         }
         let mut recorder = Recorder::new(&self.gpu.device)?;
         recorder.data(rows.tokens.iter().copied());
@@ -223,13 +223,6 @@ impl Stage for GpuStage {
             pass.step(step)?;
         }
         pass.recorder.finish()
-    }
-}
-
-fn rows_of(rows: &Rows<'_>, set: RowSet) -> usize {
-    match set {
-        RowSet::All => rows.len(),
-        RowSet::Wanted => rows.wanted.len(),
     }
 }
 
@@ -471,7 +464,7 @@ impl Pass<'_> {
     fn shape(&self, id: BufferId) -> Shape {
         let BufferShape { width, rows } = self.stage.program.buffer(id);
         let stride = width.next_multiple_of(CHUNK);
-        Shape { rows: rows_of(self.rows, rows), width, stride }
+        Shape { rows: self.rows.count(rows), width, stride }
     }
 
     fn step(&mut self, step: &Step) -> Result<()> {
