@@ -10,7 +10,7 @@ use super::console::{Text, tell};
 use super::run::{RunArgs, clock_seed};
 use super::{interrupts, print_line, print_notes, read_text, template};
 use crate::chat::{Chat, Inputs};
-use crate::decode::{Phase, Strategy};
+use crate::decode::Phase;
 use crate::error::{Error, Result};
 use crate::sampling::Warp;
 use crate::session::generation::{Request, Session, StopReason};
@@ -116,7 +116,6 @@ struct Talk<'a> {
     inputs: Inputs,
     session: Session,
     request: Request,
-    strategy: Strategy,
     /// What each answer was, for `--json`.
     answers: Vec<serde_json::Value>,
 }
@@ -143,7 +142,7 @@ pub(super) fn chat(args: &ChatArgs) -> Result<()> {
     let inputs = args.frame.inputs(&chat)?;
     let session = pair.session(&args.run.session_options())?;
     let answers = Vec::new();
-    let mut talk = Talk { args, pair, chat, inputs, session, request, strategy, answers };
+    let mut talk = Talk { args, pair, chat, inputs, session, request, answers };
 
     let is_terminal = io::stdin().is_terminal();
     // At a terminal Ctrl-C ends the answer that is being written, and not the program.
@@ -244,7 +243,7 @@ impl Talk<'_> {
                 "token_ids": generation.tokens(),
                 "tokens": tokens,
                 "prompt_tokens": prompt.len(),
-                "strategy": self.strategy.to_string(),
+                "strategy": self.request.settings.strategy.to_string(),
                 "rounds": statistics.rounds(),
                 "drafted": statistics.drafted(),
                 "accepted": statistics.accepted(),
@@ -332,7 +331,6 @@ impl Talk<'_> {
             }
         }
         request.validate()?;
-        self.strategy = request.settings.strategy;
         self.request = request;
         Ok(())
     }
