@@ -79,16 +79,16 @@ pub struct RunArgs {
     pub(super) seed: Option<u64>,
 
     /// Tokens that the draft proposes per round (mtjd: tokens of a block)
-    #[arg(long, value_name = "G", default_value_t = DEFAULT_GAMMA)]
+    #[arg(long, value_name = "G", default_value_t = Settings::default().gamma)]
     gamma: usize,
 
     /// Beams (mtad, mmtad, dsbd: of the draft; beam, mtjd: of the target)
-    #[arg(long, value_name = "W", default_value_t = DEFAULT_BEAM_WIDTH)]
+    #[arg(long, value_name = "W", default_value_t = Settings::default().beam_width)]
     beam_width: usize,
 
     /// Accept blocks whose joint probability ratio, target to draft, is above this (mtad, mmtad,
     /// auto): higher is closer to the target, lower is faster
-    #[arg(long, value_name = "T", default_value_t = DEFAULT_TAU)]
+    #[arg(long, value_name = "T", default_value_t = Settings::default().tau)]
     tau: f64,
 
     /// Draw beams and candidates with replacement
@@ -96,24 +96,24 @@ pub struct RunArgs {
     with_replacement: bool,
 
     /// Children of each node of the tree, depth by depth (specinfer)
-    #[arg(long, value_name = "K,K,..", value_delimiter = ',', default_values_t = [4, 2, 2])]
+    #[arg(long, value_name = "K,K,..", value_delimiter = ',', default_values_t = Settings::default().branching)]
     branching: Vec<usize>,
 
     /// The draft hands over where its largest probability is below this (bild)
-    #[arg(long, value_name = "P", default_value_t = DEFAULT_FALLBACK)]
+    #[arg(long, value_name = "P", default_value_t = Settings::default().fallback)]
     fallback: f64,
 
     /// Roll back to the first drafted token whose -ln(probability) is above this; inf is never
     /// (bild)
-    #[arg(long, value_name = "X", default_value_t = DEFAULT_ROLLBACK)]
+    #[arg(long, value_name = "X", default_value_t = Settings::default().rollback)]
     rollback: f64,
 
     /// Accept drafted tokens of a probability above this, or above delta x exp(-entropy) (typical)
-    #[arg(long, value_name = "P", default_value_t = DEFAULT_EPSILON)]
+    #[arg(long, value_name = "P", default_value_t = Settings::default().epsilon)]
     epsilon: f64,
 
     /// The share of exp(-entropy) that is enough (typical)
-    #[arg(long, value_name = "D", default_value_t = DEFAULT_DELTA)]
+    #[arg(long, value_name = "D", default_value_t = Settings::default().delta)]
     delta: f64,
 
     /// Decide by this table of what passes cost: the output of an earlier --json run, or its
@@ -192,13 +192,6 @@ pub struct RunCommand {
     frame: FrameArgs,
 }
 
-const DEFAULT_GAMMA: usize = 4;
-const DEFAULT_BEAM_WIDTH: usize = 4;
-const DEFAULT_TAU: f64 = 0.1;
-const DEFAULT_FALLBACK: f64 = 0.5;
-const DEFAULT_ROLLBACK: f64 = 3.0;
-const DEFAULT_EPSILON: f64 = 0.09;
-const DEFAULT_DELTA: f64 = 0.3;
 /// Slower than plain decoding by less than this may be noise.
 const NOTABLE: f64 = 1.1;
 
