@@ -309,6 +309,8 @@ impl Talk<'_> {
             "top-p" => *top_p = read(name, value)?,
             "min-p" => *min_p = read(name, value)?,
             "repeat-penalty" => *repeat_penalty = read(name, value)?,
+            "presence-penalty" => settings.warp.presence_penalty = read(name, value)?,
+            "frequency-penalty" => settings.warp.frequency_penalty = read(name, value)?,
             "tau" => settings.tau = read(name, value)?,
             "gamma" => settings.gamma = read(name, value)?,
             "beam-width" => settings.beam_width = read(name, value)?,
@@ -386,12 +388,14 @@ impl Talk<'_> {
 }
 
 /// What `/set` can set.
-const SETTINGS: [&str; 11] = [
+const SETTINGS: [&str; 13] = [
     "temperature",
     "top-k",
     "top-p",
     "min-p",
     "repeat-penalty",
+    "presence-penalty",
+    "frequency-penalty",
     "tau",
     "gamma",
     "beam-width",

@@ -74,6 +74,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "R", default_value_t = Warp::default().repeat_penalty)]
     repeat_penalty: f32,
 
+    /// Take this off the logits of tokens that occur among the last 64; 0 is off
+    #[arg(long, value_name = "P", default_value_t = Warp::default().presence_penalty)]
+    presence_penalty: f32,
+
+    /// Take this off the logits of such tokens for each time that they occur; 0 is off
+    #[arg(long, value_name = "P", default_value_t = Warp::default().frequency_penalty)]
+    frequency_penalty: f32,
+
     /// Seed of all draws: the same seed gives the same text [default: from the clock]
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<u64>,
@@ -232,10 +240,13 @@ impl RunArgs {
                     top_p: self.top_p,
                     min_p: self.min_p,
                     repeat_penalty: self.repeat_penalty,
+                    presence_penalty: self.presence_penalty,
+                    frequency_penalty: self.frequency_penalty,
                     ..Warp::default()
                 },
                 seed,
                 score: self.score,
+                alternatives: 0,
             },
             max_tokens: Some(self.max_tokens),
             stop: self.stop.clone(),

@@ -122,7 +122,7 @@ impl Algorithm for Dsbd {
             while alive.len() < width && layer.mass() > 0.0 {
                 let mut found = None;
                 for n in candidates.by_ref() {
-                    let node = self.beams.nodes[n];
+                    let node = self.beams.nodes[n].clone();
                     let left: f64 = if distinct {
                         let mass = |&s: &Option<usize>| {
                             weight_of(&self.beams, s) * self.beams.following(s).mass()
@@ -209,9 +209,8 @@ impl Algorithm for Dsbd {
             }
         };
         block.tokens.push(next);
-        if settings.score {
-            rows.score(block, std::iter::once(0).chain(path.iter().map(|node| node + 1)), vocab);
-        }
+        let before = std::iter::once(0).chain(path.iter().map(|node| node + 1));
+        rows.score(block, before, vocab, settings);
         Ok(Kept {
             target: Some(rows.row(row)),
             draft: Some(self.beams.kept(&path, block.accepted)),

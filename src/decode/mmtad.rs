@@ -102,9 +102,8 @@ impl Algorithm for Mmtad {
         let path = self.beams.path(chosen);
         block.tokens.extend(path.iter().map(|&node| self.beams.nodes[node].token));
         block.tokens.push(self.p[row].draw(round.rng));
-        if settings.score {
-            rows.score(block, std::iter::once(0).chain(path.iter().map(|node| node + 1)), vocab);
-        }
+        let before = std::iter::once(0).chain(path.iter().map(|node| node + 1));
+        rows.score(block, before, vocab, settings);
         Ok(Kept {
             target: Some(rows.row(row)),
             draft: Some(self.beams.kept(&path, block.accepted)),

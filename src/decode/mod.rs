@@ -54,7 +54,7 @@ pub use typical::Typical;
 
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
-use crate::sampling::{Rng, Warp, unwarped_log_prob};
+use crate::sampling::{Rng, Score, Warp, score};
 
 /// What an algorithm is told to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,6 +88,8 @@ pub struct Settings {
     pub seed: u64,
     /// Whether emitted tokens are scored under the unwarped target.
     pub score: bool,
+    /// How many of the most probable tokens are told with each score.
+    pub alternatives: usize,
 }
 
 impl Default for Settings {
@@ -107,6 +109,7 @@ impl Default for Settings {
             warp: Warp::default(),
             seed: 0,
             score: false,
+            alternatives: 0,
         }
     }
 }
@@ -134,6 +137,11 @@ impl Settings {
             )));
         }
         Ok(())
+    }
+
+    /// How many alternatives each score has, if scores are wanted.
+    fn scoring(&self) -> Option<usize> {
+        self.score.then_some(self.alternatives)
     }
 
     /// The most tokens that a round drafts in a path.
@@ -255,8 +263,8 @@ pub struct Block {
     pub steps: Vec<(f64, f64)>,
     /// Of MTAD and MMTAD: the depths that clear the threshold; bit 0 is the first token.
     pub passed: u128,
-    /// ln p of each emitted token under the unwarped target; empty unless scores are wanted.
-    pub scores: Vec<f64>,
+    /// What the unwarped target makes of each emitted token; empty unless scores are wanted.
+    pub scores: Vec<Score>,
 }
 
 impl Block {
@@ -338,10 +346,17 @@ impl<'a> Rows<'a> {
         Row((self.pending + i) as u32)
     }
 
-    /// Scores the block's tokens; each follows the row that `before` names.
-    fn score(&self, block: &mut Block, before: impl IntoIterator<Item = usize>, vocab: usize) {
+    /// Scores the block's tokens, if that is wanted; each follows the row that `before` names.
+    fn score(
+        &self,
+        block: &mut Block,
+        before: impl IntoIterator<Item = usize>,
+        vocab: usize,
+        settings: &Settings,
+    ) {
+        let Some(alternatives) = settings.scoring() else { return };
         for (&token, row) in block.tokens.iter().zip(before) {
-            block.scores.push(unwarped_log_prob(self.get(row), token, vocab));
+            block.scores.push(score(self.get(row), token, vocab, alternatives));
         }
     }
 }
@@ -397,7 +412,7 @@ fn verify_nodes<'a>(
     nodes: impl ExactSizeIterator<Item = (Token, Option<usize>)>,
 ) -> Result<Rows<'a>> {
     timeline.enter(Phase::Verify);
-    let want = want(&settings.warp, target, vocab, None, settings.score);
+    let want = want(&settings.warp, target, vocab, None, settings.scoring());
     let rows = eval_after(target, Reader::Target, text, nodes, 0, want)?;
     timeline.enter(Phase::Sample);
     Ok(rows)
@@ -416,16 +431,20 @@ fn verify_chain<'a>(
     verify_nodes(target, timeline, settings, vocab, text, nodes)
 }
 
-/// The least that rows of `lm` must return under this warping; `largest` and `score` as in
-/// [`Warp::want`].
+/// The least that rows of `lm` must return under this warping; `largest` as in [`Warp::want`], `scoring` as in
+/// [`Settings::scoring`].
 fn want(
     warp: &Warp,
     lm: &dyn Lm,
     vocab: usize,
     largest: Option<usize>,
-    score: bool,
+    scoring: Option<usize>,
 ) -> Want<'static> {
-    warp.want(lm.vocab_size() == vocab, largest, score)
+    match scoring {
+        // Alternatives are found among all.
+        Some(1..) => Want::Logits,
+        _ => warp.want(lm.vocab_size() == vocab, largest, scoring.is_some()),
+    }
 }
 
 /// The draft of a strategy that needs one.
