@@ -7,13 +7,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::console::{Text, tell};
-use super::run::{RunArgs, clock_seed};
+use super::run::RunArgs;
 use super::{interrupts, print_line, print_notes, read_text, template};
 use crate::chat::{Chat, Inputs};
 use crate::decode::Phase;
 use crate::error::{Error, Result};
 use crate::sampling::Warp;
-use crate::session::generation::{Request, Session, StopReason};
+use crate::session::generation::{Request, Session, StopReason, clock_seed};
 use crate::session::pair::Pair;
 
 /// How a conversation is put to the model.

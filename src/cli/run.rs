@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
@@ -21,7 +21,7 @@ use crate::engine::CacheType;
 use crate::engine::{Device, SessionOptions};
 use crate::error::{Error, Result};
 use crate::sampling::Warp;
-use crate::session::generation::{Generation, Request, StopReason};
+use crate::session::generation::{Generation, Request, StopReason, clock_seed};
 use crate::session::pair::{LoadOptions, Pair};
 
 /// Generate text after a prompt
@@ -302,12 +302,6 @@ pub(super) fn load_pair(
         _ => None,
     };
     Pair::from_files(open_model_as(model, options)?, draft, options, &mut bar)
-}
-
-/// A seed that differs from run to run.
-pub(super) fn clock_seed() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_nanos() as u64 % 1_000_000_000
 }
 
 pub(super) fn run(command: &RunCommand) -> Result<()> {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Pieces, Prefill};
 use crate::decode::{Settings, Statistics, Strategy};
@@ -87,6 +88,13 @@ impl Default for Request {
             cancel: Arc::default(),
         }
     }
+}
+
+/// A seed for who names none, which differs from time to time. Small enough that every program can say it again.
+#[cfg_attr(not(feature = "cli"), allow(dead_code))]
+pub(crate) fn clock_seed() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64 % 1_000_000_000
 }
 
 /// Why a generation ended.
