@@ -537,13 +537,20 @@ function submit(): void {
   }
 }
 
+// On a narrow page the settings lie over the rest of it; on a wide one they are always there.
+const narrow = matchMedia("(max-width: 900px)");
+
+function settingsOpen(): boolean {
+  return document.body.classList.contains("settings-open");
+}
+
 function openSettings(open: boolean): void {
-  const changes = open !== document.body.classList.contains("settings-open");
-  document.body.classList.toggle("settings-open", open);
-  get("settings-button").setAttribute("aria-expanded", String(open));
-  // On a wide page the settings are always there, and the buttons are not.
-  if (changes && get("settings-close").checkVisibility()) get("settings-close").focus();
-  else if (changes && !open) get("settings-button").focus();
+  const opens = open && narrow.matches;
+  if (opens === settingsOpen()) return;
+  document.body.classList.toggle("settings-open", opens);
+  get("settings-button").setAttribute("aria-expanded", String(opens));
+  get("top").inert = get("talk").inert = opens;
+  get(opens ? "settings-close" : "settings-button").focus();
 }
 
 const THEME = "mtad.theme";
@@ -569,9 +576,15 @@ get("composer").addEventListener("submit", (event) => {
   submit();
 });
 prompt.addEventListener("keydown", (event) => {
-  if (!sends(event)) return;
-  event.preventDefault();
-  submit();
+  if (sends(event)) {
+    event.preventDefault();
+    submit();
+  } else if (/^Page(Up|Down)$/.test(event.key) && prompt.scrollHeight <= prompt.clientHeight) {
+    // Where the field has nothing to scroll, these scroll the conversation.
+    event.preventDefault();
+    const pages = event.key === "PageUp" ? -0.9 : 0.9;
+    scroller.scrollBy(0, pages * scroller.clientHeight);
+  }
 });
 prompt.addEventListener("input", () => fit(prompt));
 get("stop").addEventListener("click", stopAll);
@@ -582,8 +595,12 @@ get("latest").addEventListener("click", () => {
   prompt.focus();
 });
 get("settings-button").addEventListener("click", () => {
-  openSettings(!document.body.classList.contains("settings-open"));
+  openSettings(true);
 });
+document.addEventListener("pointerdown", (event) => {
+  if (settingsOpen() && !get("settings").contains(event.target as Node)) openSettings(false);
+});
+narrow.addEventListener("change", () => openSettings(false));
 get("settings-close").addEventListener("click", () => openSettings(false));
 get("theme").addEventListener("click", () => {
   const theme = dark() ? "light" : "dark";
@@ -628,7 +645,7 @@ for (const input of numbers) {
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing || get<HTMLDialogElement>("key-dialog").open) return;
   if (running.size > 0) stopAll();
-  else if (document.body.classList.contains("settings-open")) openSettings(false);
+  else if (settingsOpen()) openSettings(false);
   const inText = document.activeElement?.closest(".text");
   hideTip();
   if (inText) prompt.focus();
