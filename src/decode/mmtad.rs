@@ -15,7 +15,7 @@ use crate::sampling::{Distribution, Path};
 /// What it says of itself.
 pub(super) const DESCRIPTOR: Descriptor = Descriptor {
     name: "mmtad",
-    summary: "the same with all beams verified, as a tree",
+    summary: "multi-token joint decoding with all beams verified, as a tree",
     needs_draft: true,
     knobs: &[Knob::Tau, Knob::Gamma, Knob::BeamWidth, Knob::WithReplacement],
     rows: |s| s.gamma * s.beam_width,
