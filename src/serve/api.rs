@@ -396,6 +396,7 @@ pub(super) struct TokenLogProb {
     pub logprob: f64,
     pub bytes: Vec<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(no_recursion)]
     pub top_logprobs: Option<Vec<TokenLogProb>>,
 }
 

@@ -52,7 +52,8 @@ pub(super) struct Metrics {
     passes: Family<In, Counter>,
     posts: Family<In, Counter>,
     rows: Family<In, Counter>,
-    joules: Counter<f64, AtomicU64>,
+    /// Counted where there is a meter.
+    joules: Option<Counter<f64, AtomicU64>>,
     queue_seconds: Histogram,
     first_token_seconds: Histogram,
     token_seconds: Histogram,
@@ -76,7 +77,7 @@ fn seconds(first: f64, count: i32) -> Histogram {
 
 impl Metrics {
     /// Nothing counted yet.
-    pub fn new() -> Self {
+    pub fn new(has_meter: bool) -> Self {
         let metrics = Metrics {
             registry: Registry::default(),
             requests: Family::default(),
@@ -90,7 +91,7 @@ impl Metrics {
             passes: Family::default(),
             posts: Family::default(),
             rows: Family::default(),
-            joules: Counter::default(),
+            joules: has_meter.then(Counter::default),
             queue_seconds: seconds(0.001, 15),
             first_token_seconds: seconds(0.001, 16),
             token_seconds: seconds(0.0001, 14),
@@ -113,12 +114,9 @@ impl Metrics {
         let what = "What sequences asked of passes: more than passes where they shared some";
         r.register("pass_posts", what, metrics.posts.clone());
         r.register("pass_rows", "Rows of all passes", metrics.rows.clone());
-        r.register_with_unit(
-            "energy",
-            "Energy since the start",
-            Unit::Joules,
-            metrics.joules.clone(),
-        );
+        if let Some(joules) = &metrics.joules {
+            r.register_with_unit("energy", "Energy since the start", Unit::Joules, joules.clone());
+        }
         let histograms = [
             ("queue", "Time that generations waited for a sequence", &metrics.queue_seconds),
             (
@@ -198,8 +196,8 @@ impl Metrics {
             set(&self.posts, counts.posts);
             set(&self.rows, counts.rows);
         }
-        if let Some(joules) = joules {
-            self.joules.inner().store(joules.to_bits(), Ordering::Relaxed);
+        if let (Some(counter), Some(joules)) = (&self.joules, joules) {
+            counter.inner().store(joules.to_bits(), Ordering::Relaxed);
         }
         let mut text = String::new();
         // Writing to a string does not fail.

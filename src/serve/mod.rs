@@ -92,7 +92,7 @@ impl Server {
         let at = |e| Error::io(options.address.to_string(), e);
         let listener = TcpListener::bind(options.address).map_err(at)?;
         listener.set_nonblocking(true).map_err(at)?;
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new(options.account.is_some()));
         let session = SessionOptions {
             context: Some(pair.context_for(&options.session, options.parallel)),
             ..options.session
