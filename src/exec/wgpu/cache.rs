@@ -80,6 +80,15 @@ impl GpuCache {
     }
 }
 
+impl Drop for GpuCache {
+    /// Bind groups of passes would keep its buffers alive for as long as they are kept themselves.
+    fn drop(&mut self) {
+        if !self.layers.is_empty() {
+            self.gpu.device.replaced();
+        }
+    }
+}
+
 impl KvCache for GpuCache {
     fn move_rows(&mut self, moves: &[(usize, usize)]) -> Result<()> {
         let mut recorder = Recorder::new(&self.gpu.device)?;
