@@ -43,7 +43,7 @@
 //! | [`sampling`] | warping, distributions, draws | `error`, `lm` |
 //! | [`decode`] | one algorithm per file, over [`lm::Lm`] alone | `error`, `lm`, `sampling` |
 //! | `energy` | joules from real meters, by phase | `error` |
-//! | [`session`] | what a program embeds: [`Pair`], [`Session`], [`Generation`], and sessions in files | all of the above |
+//! | [`session`] | what a program embeds: [`Pair`], [`Session`], [`Generation`], [`Prefix`], and sessions in files | all of the above |
 //! | `capi` | the same for C, and whatever speaks C: `include/mtad.h` | everything |
 //! | `bench` | timing passes against the machine's limits | everything |
 //! | `eval` | perplexity, tasks and their scores, strategies side by side | everything |
@@ -94,4 +94,4 @@ pub use decode::{Settings, Strategy};
 pub use engine::SessionOptions;
 pub use error::{Error, Result};
 pub use sampling::Warp;
-pub use session::{Generation, LoadOptions, Pair, Piece, Request, Session, StopReason};
+pub use session::{Generation, LoadOptions, Pair, Piece, Prefix, Request, Session, StopReason};

@@ -133,6 +133,101 @@ fn sequences_have_their_own_bits_on_every_instruction_set() {
     }
 }
 
+/// Whether lines that begin with rows of another have the bits that they have alone, whatever becomes of the others.
+fn check_kept(file: &Arc<Gguf>, device: &Device, seeds: u64) {
+    let model = Model::load(file.clone(), device, &mut |_, _| true).unwrap();
+    let vocab_size = model.shape().vocab_size;
+    for cache_type in [CacheType::F16, CacheType::F32] {
+        let options = SessionOptions { context: Some(1 << 14), cache_type };
+        let session = || model.session(&options).unwrap();
+        for seed in 0..seeds {
+            let mut first = session();
+            for round in 0.. {
+                script(&mut *first, 10 * seed + round, vocab_size);
+                if first.committed() >= 70 {
+                    break;
+                }
+            }
+            let committed = first.committed();
+            let kept = first.keep_rows(committed).unwrap();
+            assert_eq!(
+                (kept.count(), kept.bytes()),
+                (committed, (committed * first.row_bytes()) as u64)
+            );
+            let mut bytes = Vec::new();
+            first.save_rows(0..committed, &mut bytes).unwrap();
+            // Parts of any length, of which one takes its rows from the other's copy of them, and the line that
+            // they are from goes on in between.
+            for len in [committed, 64, 50, 33, 1, 0] {
+                let tokens = vec![0; len];
+                let mut whole = session();
+                whole.load_rows(committed, &bytes).unwrap();
+                whole.truncate(len).unwrap();
+                let mut part = session();
+                script(&mut *part, seed, vocab_size);
+                part.adopt_rows(&kept, &tokens).unwrap();
+                assert_eq!(part.committed(), len);
+                for round in 1..3 {
+                    script(&mut *first, 10 * seed + round, vocab_size);
+                    let [a, b] = [&mut whole, &mut part]
+                        .map(|lm| script(&mut **lm, 1000 + seed + round, vocab_size));
+                    assert!(a == b, "{len} of {committed} rows on {}", model.describe());
+                }
+                let again = part.keep_rows(part.committed().min(40)).unwrap();
+                drop(part);
+                let mut third = session();
+                third.adopt_rows(&again, &vec![0; again.count()]).unwrap();
+                let rows = 0..again.count();
+                let saved = [third, whole].map(|lm| {
+                    let mut bytes = Vec::new();
+                    lm.save_rows(rows.clone(), &mut bytes).unwrap();
+                    bytes
+                });
+                assert!(saved[0] == saved[1]);
+            }
+            let mut last = session();
+            last.adopt_rows(&kept, &vec![0; committed]).unwrap();
+            let mut unchanged = Vec::new();
+            last.save_rows(0..committed, &mut unchanged).unwrap();
+            assert!(unchanged == bytes, "rows that were kept have changed on {}", model.describe());
+        }
+    }
+    // What does not fit is refused, and nothing has changed.
+    let mut first = model.session(&SessionOptions::default()).unwrap();
+    first.eval(&Batch::chain(&[1, 2, 3], None, Row(0), Want::Nothing)).unwrap();
+    first.commit(Some(Row(2))).unwrap();
+    assert!(first.keep_rows(4).is_err());
+    let kept = first.keep_rows(3).unwrap();
+    let other = Model::load(file.clone(), device, &mut |_, _| true).unwrap();
+    let single = SessionOptions { cache_type: CacheType::F32, ..SessionOptions::default() };
+    let small = SessionOptions { context: Some(2), ..SessionOptions::default() };
+    for (mut lm, tokens, words) in [
+        (other.session(&SessionOptions::default()).unwrap(), &[1, 2, 3][..], "another model"),
+        (model.session(&single).unwrap(), &[1, 2, 3], "type f16, not f32"),
+        (model.session(&SessionOptions::default()).unwrap(), &[1, 2, 3, 4], "3 were kept"),
+        (model.session(&small).unwrap(), &[1, 2, 3], "context is full"),
+    ] {
+        lm.eval(&Batch::chain(&[5], None, Row(0), Want::Nothing)).unwrap();
+        lm.commit(Some(Row(0))).unwrap();
+        let error = lm.adopt_rows(&kept, tokens).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        assert_eq!(lm.committed(), 1);
+    }
+}
+
+#[test]
+fn lines_that_begin_alike_have_their_own_bits() {
+    let file = Arc::new(common::gguf(&tiny_llama()));
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        check_kept(&file, &Device::Cpu(Arc::new(Cpu::with_isa(2, isa).unwrap())), 8);
+    }
+    let Some(adapter) = adapter() else { return };
+    let gpu = Arc::new(Gpu::with(&adapter, Variants::parse("").unwrap()).unwrap());
+    let cpu = Arc::new(Cpu::new(1).unwrap());
+    let on_gpu = mtad::engine::device::OnGpu { gpu, cpu, layers: None, may_fall_back: false };
+    check_kept(&file, &Device::Gpu(on_gpu), 2);
+}
+
 #[test]
 fn sequences_have_their_own_bits_on_a_gpu() {
     let Some(adapter) = adapter() else { return };

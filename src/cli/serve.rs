@@ -54,6 +54,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 64)]
     queue: u16,
 
+    /// The most memory for beginnings of texts that are kept for later requests, such as 500M; 0 keeps none [default: a
+    /// quarter of what the sequences leave]
+    #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
+    prefix_memory: Option<u64>,
+
     /// A key that requests must bring (`Authorization: Bearer KEY`); may be given more than once. Other users of this
     /// machine see it in the list of processes: see --api-key-file
     #[arg(long, value_name = "KEY")]
@@ -242,6 +247,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<()> {
             cache_type: if args.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
         },
         is_tuned,
+        prefix_memory: args.prefix_memory,
         defaults,
         keys,
         origins: args.cors_origin.clone(),

@@ -8,7 +8,7 @@ use super::pieces::{Pieces, fill};
 use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phase, Round};
 use super::{Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result, TARGET};
-use crate::lm::{Lm, MAX_TREE, Token};
+use crate::lm::{KeptRows, Lm, MAX_TREE, Token};
 use crate::sampling::{Rng, RngState};
 
 /// A text that grows by blocks.
@@ -96,12 +96,9 @@ impl Decoding {
 
     /// A decoding whose text and generator come from elsewhere, with default settings: for models
     /// whose lines are prefixes of the text and shorter than it.
-    pub fn restored(text: Vec<Token>, rng: RngState) -> Self {
-        let settings = Settings { strategy: Strategy::Sample, ..Settings::default() };
-        let mut decoding =
-            Decoding::new(settings).expect("default settings are within their ranges");
-        decoding.prompt_len = text.len();
-        decoding.text = text;
+    pub fn restored(text: &[Token], rng: RngState) -> Self {
+        let mut decoding = Decoding::default();
+        decoding.take_text(text);
         decoding.rng = Rng::at(rng);
         decoding
     }
@@ -191,11 +188,7 @@ impl Decoding {
         let shared = self.text.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // A draft that is not used now keeps what it has, so both are cut before either grows.
         shorten(models, shared.min(last))?;
-        self.text.clear();
-        self.text.extend_from_slice(prompt);
-        self.prompt_len = prompt.len();
-        self.scores.clear();
-        self.statistics = Statistics::default();
+        self.take_text(prompt);
 
         let reused = models.target.committed();
         let [target_pieces, draft_pieces] = self.pieces;
@@ -264,16 +257,58 @@ impl Decoding {
         self.statistics.emitted += tokens.len() as u64;
     }
 
+    /// Begins a text, as [`Decoding::start`] does, with what was kept of models that had evaluated it
+    /// or some of it: rows of the target, and of the draft. What is missing is evaluated before the
+    /// next round.
+    ///
+    /// # Errors
+    /// As [`Lm::adopt_rows`]; there is no text then.
+    pub fn adopt(
+        &mut self,
+        models: &mut Models<'_>,
+        text: &[Token],
+        target: &KeptRows,
+        draft: Option<&KeptRows>,
+    ) -> Result<()> {
+        self.clear(models)?;
+        let before = &text[..text.len().saturating_sub(1)];
+        let reader = models.draft_reader();
+        let known = |kept: &KeptRows, lm: &dyn Lm| {
+            &before[..before.len().min(kept.count()).min(lm.capacity())]
+        };
+        let tokens = known(target, models.target);
+        let mut adopted = models.target.adopt_rows(target, tokens);
+        if let (Some(lm), Some(draft)) = (&mut models.draft, draft)
+            && adopted.is_ok()
+        {
+            let tokens = known(draft, &**lm);
+            adopted = lm.adopt_rows(draft, &reader.read(tokens));
+        }
+        if let Err(error) = adopted {
+            // The first error says more than one on the way back would.
+            let _ = shorten(models, 0);
+            return Err(error);
+        }
+        self.take_text(text);
+        Ok(())
+    }
+
+    /// Makes another text a prompt of the models, whose lines are prefixes of it and shorter than it.
+    fn take_text(&mut self, text: &[Token]) {
+        self.text.clear();
+        self.text.extend_from_slice(text);
+        self.prompt_len = text.len();
+        self.scores.clear();
+        self.statistics = Statistics::default();
+    }
+
     /// Forgets the text, in the models too.
     ///
     /// # Errors
     /// What the models report.
     pub fn clear(&mut self, models: &mut Models<'_>) -> Result<()> {
         shorten(models, 0)?;
-        self.text.clear();
-        self.prompt_len = 0;
-        self.scores.clear();
-        self.statistics = Statistics::default();
+        self.take_text(&[]);
         Ok(())
     }
 
@@ -384,6 +419,14 @@ impl Decoding {
         self.scores.truncate(len - self.prompt_len);
         self.statistics.emitted = self.statistics.emitted.min((len - self.prompt_len) as u64);
         Ok(())
+    }
+}
+
+impl Default for Decoding {
+    /// With no text, and settings that need no draft.
+    fn default() -> Self {
+        let settings = Settings { strategy: Strategy::Sample, ..Settings::default() };
+        Decoding::new(settings).expect("default settings are within their ranges")
     }
 }
 

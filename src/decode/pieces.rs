@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token, Want};
+use crate::lm::{Batch, KeptRows, Lm, MAX_TREE, Outputs, Row, Token, Want};
 
 /// How long a piece should take.
 const LONGEST: Duration = Duration::from_millis(400);
@@ -125,6 +125,14 @@ impl Lm for Interruptible<'_> {
 
     fn load_rows(&mut self, count: usize, bytes: &[u8]) -> Result<()> {
         self.lm.load_rows(count, bytes)
+    }
+
+    fn keep_rows(&self, count: usize) -> Result<KeptRows> {
+        self.lm.keep_rows(count)
+    }
+
+    fn adopt_rows(&mut self, kept: &KeptRows, tokens: &[Token]) -> Result<()> {
+        self.lm.adopt_rows(kept, tokens)
     }
 }
 

@@ -7,7 +7,7 @@ use super::notes::Notes;
 use super::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::lm::tree::rows_of;
-use crate::lm::{Batch, Lm, Outputs, Row, Token, Want, extend};
+use crate::lm::{Batch, KeptRows, Lm, Outputs, Row, Token, Want, extend};
 
 /// Another place for a model, which is loaded there when it is needed.
 pub(super) struct Standby {
@@ -49,6 +49,13 @@ pub(super) struct Failover {
     /// The uncommitted rows: tokens, parents, and ancestors as bits.
     tree: Vec<(Token, Option<Row>, u128)>,
     outputs: Outputs,
+}
+
+/// Rows that are kept, and where they are.
+struct Kept {
+    rows: KeptRows,
+    standby: Arc<Standby>,
+    moved: bool,
 }
 
 impl Failover {
@@ -142,5 +149,38 @@ impl Lm for Failover {
         self.restored = true;
         self.tree.clear();
         Ok(())
+    }
+    fn keep_rows(&self, count: usize) -> Result<KeptRows> {
+        let rows = self.lm.keep_rows(count)?;
+        let (bytes, standby) = (rows.bytes(), self.standby.clone());
+        Ok(KeptRows::new(count, bytes, Kept { rows, standby, moved: self.moved }))
+    }
+
+    fn adopt_rows(&mut self, kept: &KeptRows, tokens: &[Token]) -> Result<()> {
+        let own = |kept: &&Kept| Arc::ptr_eq(&kept.standby, &self.standby);
+        let Some(own) = kept.held::<Kept>().filter(own) else {
+            return Err(Error::invalid("the rows that were kept are of another model"));
+        };
+        kept.check(tokens.len(), self.capacity())?;
+        if own.moved != self.moved {
+            // They are on the other device.
+            self.truncate(0)?;
+            return extend(self, tokens);
+        }
+        match self.lm.adopt_rows(&own.rows, tokens) {
+            Ok(()) => {
+                self.line = tokens.to_vec();
+                self.restored = false;
+                self.tree.clear();
+                Ok(())
+            }
+            Err(error @ Error::DeviceLost { .. }) => {
+                // (What the line was is not to be evaluated again.)
+                self.truncate(0)?;
+                self.goes_on(error)?;
+                extend(self, tokens)
+            }
+            Err(error) => Err(error),
+        }
     }
 }

@@ -16,13 +16,20 @@ pub struct Budget {
 /// A part of a [`Budget`], given back when it is dropped.
 #[derive(Debug)]
 pub(super) struct Reservation {
-    taken: Arc<AtomicU64>,
+    budget: Budget,
     bytes: u64,
+}
+
+impl Reservation {
+    /// What it is a part of.
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.taken.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.taken.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -50,7 +57,7 @@ impl Budget {
     pub(super) fn take(&self, parts: &[(&str, u64)]) -> Result<Reservation> {
         let bytes = parts.iter().fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
         let before = self.taken.fetch_add(bytes, Ordering::Relaxed);
-        let reservation = Reservation { taken: self.taken.clone(), bytes };
+        let reservation = Reservation { budget: self.clone(), bytes };
         match self.limit {
             Some(limit) if before.saturating_add(bytes) > limit => {
                 drop(reservation);

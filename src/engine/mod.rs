@@ -220,6 +220,12 @@ impl Model {
         &self.budget
     }
 
+    /// Whether the other is this very model: what sessions of the one keep ([`Lm::keep_rows`]), those of
+    /// the other take up.
+    pub fn is(&self, other: &Model) -> bool {
+        Arc::ptr_eq(&self.scheduler, &other.scheduler)
+    }
+
     /// The passes that its sessions have run so far.
     pub fn pass_counts(&self) -> PassCounts {
         self.scheduler.counts()

@@ -8,7 +8,7 @@ use super::scheduler::{Found, Post, Scheduler};
 use crate::error::{Error, Result};
 use crate::exec::{CacheType, KvCache};
 use crate::lm::tree::Tree;
-use crate::lm::{Batch, Lm, Outputs, Row, Want};
+use crate::lm::{Batch, KeptRows, Lm, Outputs, Row, Token, Want};
 
 /// The committed rows of a text with the tree on them, and their keys and values.
 #[derive(Default)]
@@ -24,8 +24,18 @@ pub(super) struct Handle {
     /// The sequence, and what it asks of the next pass.
     post: Box<Post>,
     capacity: usize,
+    cache_type: CacheType,
     outputs: Outputs,
-    /// The memory of its cache.
+    /// The memory of its cache: for all rows that it may have, whether it has them alone or not.
+    taken: Reservation,
+}
+
+/// Rows that are kept. Their memory is taken from the model's budget as if no sequence shared it.
+struct Kept {
+    scheduler: Arc<Scheduler>,
+    cache_type: CacheType,
+    /// One for each stage.
+    caches: Vec<Box<dyn KvCache>>,
     _taken: Reservation,
 }
 
@@ -39,7 +49,7 @@ impl Handle {
     ) -> Self {
         let caches = scheduler.pipeline().caches(cache_type);
         let post = Post::of(Sequence { tree: Tree::default(), caches });
-        Handle { scheduler, post, capacity, outputs: Outputs::default(), _taken: taken }
+        Handle { scheduler, post, capacity, cache_type, outputs: Outputs::default(), taken }
     }
 
     fn tree(&self) -> &Tree {
@@ -168,4 +178,47 @@ impl Lm for Handle {
         }
         Ok(())
     }
+    fn keep_rows(&self, count: usize) -> Result<KeptRows> {
+        let committed = self.committed();
+        if count > committed {
+            return Err(Error::invalid(format!(
+                "{count} rows cannot be kept: the line has {committed}"
+            )));
+        }
+        let bytes = count as u64 * self.row_bytes() as u64;
+        let what = format!("{count} rows that are kept");
+        let taken = self.taken.budget().take(&[(&what, bytes)])?;
+        let kept = Kept {
+            scheduler: self.scheduler.clone(),
+            cache_type: self.cache_type,
+            caches: forks(&self.post.sequence.caches, count)?,
+            _taken: taken,
+        };
+        Ok(KeptRows::new(count, bytes, kept))
+    }
+
+    fn adopt_rows(&mut self, kept: &KeptRows, tokens: &[Token]) -> Result<()> {
+        let own = |kept: &&Kept| Arc::ptr_eq(&kept.scheduler, &self.scheduler);
+        let Some(rows) = kept.held::<Kept>().filter(own) else {
+            return Err(Error::invalid("the rows that were kept are of another model"));
+        };
+        if rows.cache_type != self.cache_type {
+            return Err(Error::invalid(format!(
+                "the rows that were kept are of a cache of type {}, not {}",
+                rows.cache_type.name(),
+                self.cache_type.name()
+            )));
+        }
+        kept.check(tokens.len(), self.capacity)?;
+        let mut tree = Tree::default();
+        tree.grow(tokens.len(), self.capacity)?;
+        let caches = forks(&rows.caches, tokens.len())?;
+        self.post.sequence = Sequence { tree, caches };
+        Ok(())
+    }
+}
+
+/// The first slots of a sequence's caches.
+fn forks(caches: &[Box<dyn KvCache>], slots: usize) -> Result<Vec<Box<dyn KvCache>>> {
+    caches.iter().map(|cache| cache.fork(slots)).collect()
 }

@@ -114,6 +114,10 @@ impl KvCache for NoCache {
         Ok(())
     }
 
+    fn fork(&self, _slots: usize) -> Result<Box<dyn KvCache>> {
+        Ok(Box::new(NoCache))
+    }
+
     fn row_bytes(&self) -> usize {
         0
     }

@@ -197,7 +197,7 @@ pub trait Workspace: Any + Send {
 }
 
 /// Key and value rows of one sequence, in the layers of one stage.
-pub trait KvCache: Any + Send {
+pub trait KvCache: Any + Send + Sync {
     /// Copies rows from slot to slot, in the given order.
     ///
     /// # Errors
@@ -220,6 +220,17 @@ pub trait KvCache: Any + Send {
     /// # Panics
     /// If the bytes are not those of as many slots.
     fn load_rows(&mut self, slots: Range<usize>, bytes: &[u8]) -> Result<()>;
+
+    /// Another cache of the same stage that begins with the first `slots` slots of this one, of which each is to
+    /// have been written to. What either is given later the other does not see. The CPU shares what neither has
+    /// written to since, and copies nothing before that; a GPU copies, on the device.
+    ///
+    /// # Errors
+    /// What the device reports; there is no memory.
+    ///
+    /// # Panics
+    /// If there was never room for so many.
+    fn fork(&self, slots: usize) -> Result<Box<dyn KvCache>>;
 
     /// Bytes that one row takes in [`KvCache::save_rows`].
     fn row_bytes(&self) -> usize;

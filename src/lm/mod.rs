@@ -6,7 +6,11 @@
 //! Positions and attention masks derive from parents: a row's position is its parent's plus one,
 //! and it sees the whole line, its ancestors and itself. Chain drafting, beams, trees, rollback
 //! and prompt reuse are all these two calls, and no cache is ever copied.
+//!
+//! Rows of a line can be kept ([`Lm::keep_rows`]), and other lines of the same model begin with
+//! them ([`Lm::adopt_rows`]).
 
+mod kept;
 pub mod table;
 pub mod tree;
 
@@ -14,6 +18,7 @@ use std::cmp::Ordering;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
+pub use kept::KeptRows;
 
 /// A token's number in the vocabulary.
 pub type Token = u32;
@@ -377,6 +382,27 @@ pub trait Lm: Send {
     /// [`Error::ContextFull`]; otherwise as [`Lm::save_rows`].
     fn load_rows(&mut self, _count: usize, _bytes: &[u8]) -> Result<()> {
         Err(Error::unsupported("session", "this model's rows cannot be restored"))
+    }
+
+    /// Keeps the first `count` rows of the line for lines of the same model to begin with:
+    /// [`Lm::adopt_rows`].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the line is shorter; [`Error::Memory`]; [`Error::Unsupported`] if this
+    /// model cannot do it; what the device reports.
+    fn keep_rows(&self, _count: usize) -> Result<KeptRows> {
+        Err(Error::unsupported("session", "this model's rows cannot be kept"))
+    }
+
+    /// Forgets tree and line, and begins a line with the first of some rows that were kept: as many
+    /// as there are `tokens`, of which they are the rows.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there are fewer rows, or they are of another model or in a cache of
+    /// another type, and [`Error::ContextFull`]; nothing has changed then. [`Error::Unsupported`] if
+    /// this model cannot do it; what the device reports.
+    fn adopt_rows(&mut self, _kept: &KeptRows, _tokens: &[Token]) -> Result<()> {
+        Err(Error::unsupported("session", "this model's rows cannot be taken up"))
     }
 }
 

@@ -12,6 +12,7 @@ mod http;
 mod metrics;
 mod page;
 mod pool;
+mod prefixes;
 mod request;
 mod routes;
 mod tools;
@@ -30,7 +31,7 @@ use crate::session::generation::Piece;
 use crate::session::pair::Pair;
 
 use metrics::Metrics;
-use pool::Pool;
+use pool::{Pool, Sizes};
 
 /// How a server serves.
 pub struct Options {
@@ -42,6 +43,9 @@ pub struct Options {
     pub queue: usize,
     /// How each of them keeps its rows. [`SessionOptions::context`] is that of one answer with its prompt.
     pub session: SessionOptions,
+    /// The most bytes that beginnings of texts take which are kept for later requests; `None` for a quarter of what
+    /// memory the sequences leave.
+    pub prefix_memory: Option<u64>,
     /// Whether the model was tuned to answer: it has a chat template of its own, or the user named one.
     pub is_tuned: bool,
     /// What requests do not say.
@@ -97,7 +101,11 @@ impl Server {
             context: Some(pair.context_for(&options.session, options.parallel)),
             ..options.session
         };
-        let sizes = (options.parallel, options.queue);
+        let sizes = Sizes {
+            parallel: options.parallel,
+            queue: options.queue,
+            prefix_memory: options.prefix_memory,
+        };
         let pool = Pool::new(&pair, session, sizes, options.account, metrics.clone())?;
         let name = model_name(pair.target().file().name());
         let digest = xxhash_rust::xxh3::xxh3_64(name.as_bytes());

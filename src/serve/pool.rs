@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::metrics::Metrics;
+use super::prefixes::Prefixes;
 use crate::decode::Statistics;
 use crate::energy::Account;
 use crate::engine::SessionOptions;
@@ -56,6 +57,19 @@ pub(super) struct Outcome {
     pub joules: Option<f64>,
 }
 
+/// How much there is of everything.
+pub(super) struct Sizes {
+    /// Sequences.
+    pub parallel: usize,
+    /// Jobs that wait beyond those.
+    pub queue: usize,
+    /// Bytes of kept beginnings; see [`super::Options`].
+    pub prefix_memory: Option<u64>,
+}
+
+/// What kept beginnings may take where nothing is known of the system's memory.
+const SMALL_PREFIX_MEMORY: u64 = 256 << 20;
+
 /// Threads with a session each.
 pub(super) struct Pool {
     inner: Arc<Inner>,
@@ -64,6 +78,7 @@ pub(super) struct Pool {
 
 struct Inner {
     pair: Pair,
+    prefixes: Prefixes,
     options: SessionOptions,
     /// Energy, if there is a meter.
     account: Option<Account>,
@@ -95,21 +110,24 @@ pub(super) enum Refused {
 }
 
 impl Pool {
-    /// `parallel` sequences, and room for `queue` jobs that wait.
+    /// Sequences with empty caches, and room for jobs and beginnings of texts.
     ///
     /// # Errors
     /// As [`Pair::session`]; the system has no threads.
     pub fn new(
         pair: &Pair,
         options: SessionOptions,
-        (parallel, queue): (usize, usize),
+        Sizes { parallel, queue, prefix_memory }: Sizes,
         account: Option<Account>,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
         let sessions: Vec<Session> =
             (0..parallel).map(|_| pair.session(&options)).collect::<Result<_>>()?;
+        let left = pair.target().budget().left();
+        let prefix_memory = prefix_memory.or(left.map(|left| left / 4));
         let inner = Arc::new(Inner {
             pair: pair.clone(),
+            prefixes: Prefixes::new(prefix_memory.unwrap_or(SMALL_PREFIX_MEMORY)),
             options,
             account,
             metrics,
@@ -276,8 +294,13 @@ impl Inner {
 
     fn answer(&self, session: &mut Session, job: &Job, posted: Instant) -> Result<Outcome> {
         let share = self.account.as_ref().map(Account::share);
+        self.prefixes.lend(session, &job.prompt);
         let mut generation = session.generate_from(&job.prompt, &job.request)?;
         job.tell(Event::Begun);
+        // Others who ask the same meanwhile need not wait for the answer.
+        if generation.prefill().evaluated > 0 {
+            self.prefixes.keep(generation.session());
+        }
         let begun = Instant::now();
         let mut last: Option<Instant> = None;
         while let Some(pieces) = generation.next_round() {
@@ -294,6 +317,7 @@ impl Inner {
                 job.request.cancel.store(true, Ordering::Relaxed);
             }
         }
+        self.prefixes.keep(generation.session());
         let seconds = last.map_or(Duration::ZERO, |last| last - begun).as_secs_f64();
         Ok(Outcome {
             stop: generation.stop_reason().unwrap_or(StopReason::Interrupt),

@@ -1,4 +1,4 @@
-//! Sessions in files: saved, restored, cloned.
+//! Sessions in files: saved and restored.
 //!
 //! All numbers are little-endian. A file holds, one after the other:
 //!
@@ -31,6 +31,7 @@ use crate::lm::{Lm, MAX_TREE};
 use crate::sampling::RngState;
 use crate::session::generation::{Ahead, Session, Snapshot};
 use crate::session::pair::Pair;
+use crate::session::prefix::rows_of;
 
 const MAGIC: &[u8; 8] = b"MTADSESS";
 const VERSION: u32 = 1;
@@ -187,11 +188,6 @@ fn pieces(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     (0..rows).step_by(MAX_TREE).map(move |start| start..rows.min(start + MAX_TREE))
 }
 
-/// Committed rows of a model that are rows of the text and leave its last token pending.
-fn rows_of(lm: &dyn Lm, text: usize) -> usize {
-    lm.committed().min(text.saturating_sub(1))
-}
-
 impl Session {
     /// Writes the session to a file, from which [`Pair::load_session`] makes one that goes on with
     /// the same text, in this or another process: the text as far as it was handed out, the caches
@@ -252,31 +248,6 @@ impl Session {
         out.put(&sum.to_le_bytes())?;
         Ok(out.file)
     }
-
-    /// A session of its own with the same text, caches and random numbers.
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn try_clone(&self) -> Result<Session> {
-        let mut twin = Session::new(&self.pair, &self.options)?;
-        let snapshot = self.snapshot();
-        let text = snapshot.text.len();
-        copy_rows(&*self.target, &mut *twin.target, text)?;
-        if let (Some(from), Some(to)) = (&self.draft, &mut twin.draft) {
-            copy_rows(&**from, &mut **to, text)?;
-        }
-        twin.restore(snapshot);
-        Ok(twin)
-    }
-}
-
-fn copy_rows(from: &dyn Lm, to: &mut dyn Lm, text: usize) -> Result<()> {
-    let mut bytes = Vec::new();
-    pieces(rows_of(from, text)).try_for_each(|rows| {
-        bytes.clear();
-        from.save_rows(rows.clone(), &mut bytes)?;
-        to.load_rows(rows.len(), &bytes)
-    })
 }
 
 impl Pair {

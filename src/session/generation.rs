@@ -29,17 +29,17 @@ pub struct Session {
     pub(crate) options: SessionOptions,
     pub(crate) target: Box<dyn Lm>,
     pub(crate) draft: Option<Box<dyn Lm>>,
-    decoding: Option<Decoding>,
+    pub(super) decoding: Option<Decoding>,
     /// For the decoding that the first prompt makes.
     listener: Option<Listener>,
     /// Tokens of the last block, at the end of the text, that were not handed out yet.
-    ready: VecDeque<Piece>,
+    pub(super) ready: VecDeque<Piece>,
     /// Tokens that were decided beyond the text: what a limit cut off.
-    ahead: Vec<Ahead>,
+    pub(super) ahead: Vec<Ahead>,
     /// The part of the text whose characters were all handed out.
-    spoken: usize,
+    pub(super) spoken: usize,
     /// Whether the next generation begins the numbers of its seed.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// Stops prompts that are evaluated without a request.
     cancel: Arc<AtomicBool>,
 }
@@ -400,11 +400,11 @@ impl Session {
     /// Takes all but the caches, which the models have already.
     pub(crate) fn restore(&mut self, snapshot: Snapshot) {
         let Snapshot { text, ahead, spoken, fresh, rng } = snapshot;
-        self.decoding = Some(Decoding::restored(text, rng));
+        self.decoding = Some(Decoding::restored(&text, rng));
         (self.ahead, self.spoken, self.fresh) = (ahead, spoken, fresh);
     }
 
-    fn with<R>(
+    pub(super) fn with<R>(
         &mut self,
         f: impl FnOnce(&mut Decoding, &mut Models<'_>) -> Result<R>,
     ) -> Result<R> {

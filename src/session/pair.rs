@@ -222,6 +222,16 @@ impl Pair {
         self.draft.as_ref()
     }
 
+    /// Whether both are of the very same models.
+    pub(crate) fn has_models_of(&self, other: &Pair) -> bool {
+        self.target.is(&other.target)
+            && match (&self.draft, &other.draft) {
+                (Some(draft), Some(other)) => draft.is(other),
+                (None, None) => true,
+                _ => false,
+            }
+    }
+
     /// The files that the models are from, which no output may replace.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         let models = [Some(&self.target), self.draft.as_ref()];

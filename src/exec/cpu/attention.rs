@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::cache::{CHUNK, Element, Geometry, TILE};
+use super::cache::{Block, CHUNK, Element, Geometry, TILE};
 use super::simd::{Simd, exp, max_lanes, sum_lanes};
 
 /// One attention: shapes and pointers, shared by the threads that split its heads.
@@ -88,7 +88,7 @@ struct Tile {
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd, E: Element>(
     a: &Attention<'_>,
-    layer: &[E],
+    layer: &[Block<E>],
     heads: std::ops::Range<usize>,
     scratch: &mut Scratch,
 ) {
@@ -110,7 +110,7 @@ pub(super) unsafe fn attend<S: Simd, E: Element>(
 unsafe fn attend_group<S: Simd, E: Element>(
     a: &Attention<'_>,
     g: Geometry,
-    layer: &[E],
+    layer: &[Block<E>],
     kv_head: usize,
     heads: std::ops::Range<usize>,
     scratch: &mut Scratch,
@@ -258,7 +258,7 @@ impl Tile {
     unsafe fn load_line<S: Simd, E: Element>(
         &mut self,
         g: Geometry,
-        layer: &[E],
+        layer: &[Block<E>],
         head: usize,
         first: usize,
         count: usize,
@@ -266,7 +266,8 @@ impl Tile {
         self.line = count;
         self.path.clear();
         for at in (0..count).step_by(CHUNK) {
-            let chunk = &layer[g.keys(first + at, head)..][..g.head_len()];
+            let block = &layer[(first + at) / TILE];
+            let chunk = &block[g.keys(first + at, head)..][..g.head_len()];
             let (k, v) = chunk.split_at(CHUNK * g.head_dim);
             // SAFETY: lanes stay inside the chunk, whose rows are whole vectors, and the tile.
             unsafe {
@@ -289,17 +290,17 @@ impl Tile {
     unsafe fn push_slot<S: Simd, E: Element>(
         &mut self,
         g: Geometry,
-        layer: &[E],
+        layer: &[Block<E>],
         head: usize,
         slot: usize,
     ) {
         let at = self.line + self.path.len();
         self.path.push(slot);
-        let key = g.key(slot, head, 0);
+        let (block, key) = (&layer[slot / TILE], g.key(slot, head, 0));
         for d in 0..g.head_dim {
-            self.keys[d * TILE + at] = layer[key + d * CHUNK].to_f32();
+            self.keys[d * TILE + at] = block[key + d * CHUNK].to_f32();
         }
-        let v = &layer[g.value(slot, head)..][..g.padded];
+        let v = &block[g.value(slot, head)..][..g.padded];
         let to = &mut self.values[at * g.padded..][..g.padded];
         for i in (0..g.padded).step_by(S::LANES) {
             // SAFETY: rows of values are whole vectors.

@@ -6,7 +6,7 @@ use std::ops::Range;
 #[cfg(target_arch = "aarch64")]
 use super::aarch64;
 use super::attention::{self, Attention, Scratch};
-use super::cache::Half;
+use super::cache::{Block, Half};
 #[cfg(target_arch = "aarch64")]
 use super::matmul::InPairs;
 use super::matmul::{self, ActivationLayout, Kernel, Singly};
@@ -179,8 +179,8 @@ pub(super) struct Kernels {
     /// [`soft_cap`].
     pub soft_cap: unsafe fn(&mut [f32], f32),
     /// [`attention::attend`] for the two cache types.
-    pub attend_f16: unsafe fn(&Attention<'_>, &[Half], Range<usize>, &mut Scratch),
-    pub attend_f32: unsafe fn(&Attention<'_>, &[f32], Range<usize>, &mut Scratch),
+    pub attend_f16: unsafe fn(&Attention<'_>, &[Block<Half>], Range<usize>, &mut Scratch),
+    pub attend_f32: unsafe fn(&Attention<'_>, &[Block<f32>], Range<usize>, &mut Scratch),
     /// [`probe::read`].
     pub read: unsafe fn(&[u64]) -> i32,
     /// [`probe::multiply`], and the lanes that it does it with.
@@ -460,7 +460,12 @@ macro_rules! compile {
             /// # Safety
             /// The machine has the instruction set, and [`attention::attend`]'s.
             $(#[target_feature(enable = $features)])?
-            unsafe fn attend_f16(a: &Attention<'_>, l: &[Half], heads: Range<usize>, s: &mut Scratch) {
+            unsafe fn attend_f16(
+                a: &Attention<'_>,
+                l: &[Block<Half>],
+                heads: Range<usize>,
+                s: &mut Scratch,
+            ) {
                 // SAFETY: the caller's.
                 unsafe { attention::attend::<$simd, Half>(a, l, heads, s) }
             }
@@ -468,7 +473,12 @@ macro_rules! compile {
             /// # Safety
             /// The machine has the instruction set, and [`attention::attend`]'s.
             $(#[target_feature(enable = $features)])?
-            unsafe fn attend_f32(a: &Attention<'_>, l: &[f32], heads: Range<usize>, s: &mut Scratch) {
+            unsafe fn attend_f32(
+                a: &Attention<'_>,
+                l: &[Block<f32>],
+                heads: Range<usize>,
+                s: &mut Scratch,
+            ) {
                 // SAFETY: the caller's.
                 unsafe { attention::attend::<$simd, f32>(a, l, heads, s) }
             }

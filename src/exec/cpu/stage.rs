@@ -134,7 +134,7 @@ impl exec::Stage for Stage {
         let mut own_caches: Vec<&mut Cache> =
             caches.iter_mut().map(|cache| own(&mut **cache as &mut dyn Any)).collect();
         for (cache, segment) in own_caches.iter_mut().zip(rows.segments) {
-            cache.reserve(segment.first_slot + segment.rows.len())?;
+            cache.reserve(segment.first_slot..segment.first_slot + segment.rows.len())?;
         }
         let together = self.macs.saturating_mul(rows.len()) >= ALONE_MACS;
         self.cpu.pool.enter(together, |scope| {

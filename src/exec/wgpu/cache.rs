@@ -61,16 +61,31 @@ impl GpuCache {
         };
         let new: Vec<[Arc<Storage>; 2]> = self.shapes.iter().map(room).collect::<Result<_>>()?;
         if !self.layers.is_empty() {
-            let mut copies = Vec::new();
-            for ((old, new), shape) in self.layers.iter().zip(&new).zip(&self.shapes) {
-                let bytes = 4 * (self.slots * self.words(shape)) as u64;
-                copies.extend(old.iter().zip(new).map(|(old, new)| (&**old, &**new, bytes)));
-            }
-            device.copy(&copies)?;
+            self.copy_to(&new, self.slots)?;
             device.replaced();
         }
         (self.slots, self.layers) = (slots, new);
         Ok(())
+    }
+
+    /// Copies the first slots of each layer, on the device.
+    fn copy_to(&self, layers: &[[Arc<Storage>; 2]], slots: usize) -> Result<()> {
+        assert!(slots <= self.slots, "{slots} of {} slots", self.slots);
+        let mut copies = Vec::new();
+        for ((from, to), shape) in self.layers.iter().zip(layers).zip(&self.shapes) {
+            let bytes = 4 * (slots * self.words(shape)) as u64;
+            copies.extend(from.iter().zip(to).map(|(from, to)| (&**from, &**to, bytes)));
+        }
+        self.gpu.device.copy(&copies)
+    }
+}
+
+impl Drop for GpuCache {
+    /// Bind groups of passes would keep its buffers alive for as long as they are kept themselves.
+    fn drop(&mut self) {
+        if !self.layers.is_empty() {
+            self.gpu.device.replaced();
+        }
     }
 }
 
@@ -118,6 +133,16 @@ impl KvCache for GpuCache {
             }
         }
         self.gpu.device.check()
+    }
+
+    fn fork(&self, slots: usize) -> Result<Box<dyn KvCache>> {
+        let (gpu, shapes) = (self.gpu.clone(), self.shapes.clone());
+        let mut fork = GpuCache::new(gpu, self.first_layer, shapes, self.cache_type);
+        if slots > 0 {
+            fork.reserve(slots)?;
+            self.copy_to(&fork.layers, slots)?;
+        }
+        Ok(Box::new(fork))
     }
 
     fn row_bytes(&self) -> usize {
