@@ -292,18 +292,17 @@ fn a_gpu_copies_prefixes() {
             first.prompt(SYSTEM, false).unwrap();
             let prefix = first.prefix().unwrap();
             let len = prefix.tokens().len();
-            for strategy in [Strategy::Sample, Strategy::Mtad] {
-                let request = request(strategy);
-                let all = [0, 1].map(|i| whole(&pair, &options, QUESTIONS[i], &request));
-                for tokens in [len, 40] {
-                    let mut second = pair.session(&options).unwrap();
-                    second.adopt(&prefix, tokens).unwrap();
-                    for (adopts, i) in [(false, 0), (true, 1), (true, 0)] {
-                        let session = if adopts { &mut second } else { &mut first };
-                        let generation = session.generate(&prompt(QUESTIONS[i]), &request).unwrap();
-                        assert!(generation.prefill().reused + 4 > tokens);
-                        assert_eq!(told(generation), all[i], "{strategy} on {layers:?}");
-                    }
+            // (A software adapter takes its time.)
+            let request = Request { max_tokens: Some(8), ..request(Strategy::Mtad) };
+            let all = [0, 1].map(|i| whole(&pair, &options, QUESTIONS[i], &request));
+            for tokens in [len, 40] {
+                let mut second = pair.session(&options).unwrap();
+                second.adopt(&prefix, tokens).unwrap();
+                for (adopts, i) in [(false, 0), (true, 1), (true, 0)] {
+                    let session = if adopts { &mut second } else { &mut first };
+                    let generation = session.generate(&prompt(QUESTIONS[i]), &request).unwrap();
+                    assert!(generation.prefill().reused + 4 > tokens);
+                    assert_eq!(told(generation), all[i], "{layers:?} on a GPU");
                 }
             }
         }
