@@ -400,3 +400,30 @@ fn a_model_that_was_tuned_to_answer_answers() {
     assert!(out.starts_with("The capital of Italy is Rome.\n"), "{out}");
     assert!(out.lines().count() >= 2, "{out}");
 }
+
+#[test]
+fn parts_become_texts_and_arguments_objects() {
+    let simplified = |messages: &str| {
+        let mut inputs = Inputs::default();
+        inputs.set_messages(messages, "messages").unwrap();
+        inputs.simplify();
+        inputs.messages_json()
+    };
+    let parts = r#"[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]"#;
+    assert_eq!(simplified(parts), r#"[{"role": "user", "content": "a\nb"}]"#);
+    let calls = r#"[{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function",
+        "function": {"name": "f", "arguments": "{\"z\": 1, \"a\": [2]}"}}]}]"#;
+    let wanted = r#"[{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"z": 1, "a": [2]}}}]}]"#;
+    assert_eq!(simplified(calls), wanted);
+    // What has another form stays: an image, arguments that are no JSON, or no object.
+    for same in [
+        r#"[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]"#,
+        r#"[{"role": "user", "content": [{"type": "text", "text": "a"}, 3]}]"#,
+        r#"[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]"#,
+        r#"[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "3"}}]}]"#,
+        r#"[{"role": "assistant", "tool_calls": "none"}]"#,
+        r#"[{"role": "tool", "content": "done", "tool_call_id": "1"}]"#,
+    ] {
+        assert_eq!(simplified(same), same);
+    }
+}

@@ -225,7 +225,7 @@ fn lines_that_begin_alike_have_their_own_bits() {
     let gpu = Arc::new(Gpu::with(&adapter, Variants::parse("").unwrap()).unwrap());
     let cpu = Arc::new(Cpu::new(1).unwrap());
     let on_gpu = mtad::engine::device::OnGpu { gpu, cpu, layers: None, may_fall_back: false };
-    check_kept(&file, &Device::Gpu(on_gpu), 2);
+    check_kept(&file, &Device::Gpu(on_gpu), 1);
 }
 
 #[test]

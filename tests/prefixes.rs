@@ -24,7 +24,7 @@ const STRATEGIES: [Strategy; 5] =
 const SYSTEM: &str = "Once upon a time there was a little dog. His name was Max and he had a red \
                       ball. He lived with a girl named Lily in a big house near the park. Every day \
                       they went to the park to play with the ball, and every day they met an old cat \
-                      who did not like to play. ";
+                      who did not like to play. When it rained they stayed at home and ate cake. ";
 
 const QUESTIONS: [&str; 3] = ["One day the cat said", "Lily wanted to", "Max was very sad because"];
 
@@ -292,17 +292,17 @@ fn a_gpu_copies_prefixes() {
             first.prompt(SYSTEM, false).unwrap();
             let prefix = first.prefix().unwrap();
             let len = prefix.tokens().len();
-            for strategy in [Strategy::Sample, Strategy::Mtad] {
-                let request = request(strategy);
-                let all = [0, 1].map(|i| whole(&pair, &options, QUESTIONS[i], &request));
-                for tokens in [len, 40] {
-                    let mut second = pair.session(&options).unwrap();
-                    second.adopt(&prefix, tokens).unwrap();
-                    for (session, i) in [(&mut first, 0), (&mut second, 1), (&mut second, 0)] {
-                        let generation = session.generate(&prompt(QUESTIONS[i]), &request).unwrap();
-                        assert!(generation.prefill().reused + 4 > tokens);
-                        assert_eq!(told(generation), all[i], "{strategy} on {layers:?}");
-                    }
+            // (A software adapter takes its time.)
+            let request = Request { max_tokens: Some(8), ..request(Strategy::Mtad) };
+            let all = [0, 1].map(|i| whole(&pair, &options, QUESTIONS[i], &request));
+            for tokens in [len, 40] {
+                let mut second = pair.session(&options).unwrap();
+                second.adopt(&prefix, tokens).unwrap();
+                for (adopts, i) in [(false, 0), (true, 1), (true, 0)] {
+                    let session = if adopts { &mut second } else { &mut first };
+                    let generation = session.generate(&prompt(QUESTIONS[i]), &request).unwrap();
+                    assert!(generation.prefill().reused + 4 > tokens);
+                    assert_eq!(told(generation), all[i], "{layers:?} on a GPU");
                 }
             }
         }

@@ -531,3 +531,35 @@ fn what_cannot_be_served_is_refused() {
     let port = taken.local_addr().unwrap().port().to_string();
     refused(&["--port", &port], &format!("127.0.0.1:{port}"));
 }
+
+#[test]
+fn what_was_evaluated_once_is_known() {
+    let text = "Once upon a time there was a little dog who lived in a big house. ".repeat(6);
+    let ask = |server: &Server, prompt: &str, strategy: &str| {
+        let body = json!({
+            "prompt": prompt, "strategy": strategy, "max_tokens": 20, "seed": 3, "temperature": 0.8,
+        });
+        let (status, answer) = server.post("/v1/completions", &body);
+        assert_eq!(status, 200, "{answer}");
+        let known = answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+        let all = answer["usage"]["prompt_tokens"].as_u64().unwrap();
+        (text_of(&answer).to_owned(), known, all)
+    };
+    // Whichever sequence answers, it begins with what another has evaluated.
+    let server = Server::start(&["--parallel", "3"]);
+    let forgetful = Server::start(&["--parallel", "3", "--prefix-memory", "0"]);
+    for (i, strategy) in ["greedy", "mtad", "speculative", "mmtad", "sample"].iter().enumerate() {
+        let (first, known, _) = ask(&server, &text, strategy);
+        assert_eq!(known == 0, i == 0, "{known}");
+        let (again, known, all) = ask(&server, &text, strategy);
+        assert!(known >= all - 2, "{known} of {all}");
+        // A conversation goes on with the answer.
+        let longer = format!("{text}{first} And then");
+        let (next, known, all) = ask(&server, &longer, strategy);
+        assert!(known + 8 > all, "{known} of {all}");
+        assert_eq!(again, first);
+        // The same as where nothing is kept.
+        assert_eq!(ask(&forgetful, &text, strategy).0, first);
+        assert_eq!(ask(&forgetful, &longer, strategy).0, next);
+    }
+}

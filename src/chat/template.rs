@@ -68,6 +68,33 @@ fn value_of(text: &str, what: &str) -> Result<Value> {
     Ok(value.0)
 }
 
+/// A mapping with another value for one of its keys, where it has that.
+fn with_member(value: &Value, name: &str, change: impl Fn(Value) -> Value) -> Value {
+    if value.kind() != ValueKind::Map
+        || value.get_attr(name).is_ok_and(|member| member.is_undefined())
+    {
+        return value.clone();
+    }
+    let Ok(keys) = value.try_iter() else { return value.clone() };
+    Value::from_pairs(keys.map(|key| {
+        let member = value.get_item(&key).unwrap_or_default();
+        let member = if key.as_str() == Some(name) { change(member) } else { member };
+        (key, member)
+    }))
+}
+
+/// The text of an array of parts that all are texts.
+fn joined_parts(content: &Value) -> Option<Value> {
+    if content.kind() != ValueKind::Seq {
+        return None;
+    }
+    let parts = content.try_iter().ok()?.map(|part| {
+        let is_text = part.get_attr("type").ok()?.as_str() == Some("text");
+        Some(part.get_attr("text").ok().filter(|_| is_text)?.as_str()?.to_owned())
+    });
+    Some(Value::from(parts.collect::<Option<Vec<_>>>()?.join("\n")))
+}
+
 impl Inputs {
     /// Takes messages as OpenAI writes them: a JSON array of objects with `role` and `content`,
     /// or an object that has it as `messages`. `what` names the text in errors.
@@ -97,6 +124,32 @@ impl Inputs {
         }
         self.messages = messages;
         Ok(())
+    }
+
+    /// Writes messages as templates expect them where OpenAI's clients have another form: the parts of a text as one
+    /// text, a line for each, and the arguments of calls as an object instead of JSON in a text. What has neither
+    /// form stays as it is.
+    pub fn simplify(&mut self) {
+        for message in &mut self.messages {
+            *message = with_member(message, "content", |content| {
+                joined_parts(&content).unwrap_or(content)
+            });
+            *message = with_member(message, "tool_calls", |calls| {
+                let arguments = |arguments: Value| {
+                    let read = arguments.as_str().and_then(|text| value_of(text, "arguments").ok());
+                    read.filter(|read| read.kind() == ValueKind::Map).unwrap_or(arguments)
+                };
+                let call = |call: Value| {
+                    with_member(&call, "function", |f| with_member(&f, "arguments", arguments))
+                };
+                match calls.kind() {
+                    ValueKind::Seq => {
+                        calls.try_iter().map(|calls| calls.map(call).collect()).unwrap_or(calls)
+                    }
+                    _ => calls,
+                }
+            });
+        }
     }
 
     /// Takes tools as OpenAI writes them: a JSON array of objects.

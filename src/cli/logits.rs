@@ -61,7 +61,7 @@ pub(super) fn logits(args: &LogitsArgs) -> Result<()> {
     out.write_all(&header).map_err(|e| out.error(e))?;
     // What is not whole is removed before an interrupt ends the program.
     let _finishing = Finishing::first();
-    let mut pieces = Pieces::of_model(model.shape().macs);
+    let mut pieces = Pieces::of_model(model.shape().macs, Pieces::LONGEST);
     let mut left = &args.tokens[..];
     while !left.is_empty() {
         interrupts::check()?;

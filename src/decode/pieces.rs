@@ -7,41 +7,46 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::lm::{Batch, KeptRows, Lm, MAX_TREE, Outputs, Row, Token, Want};
 
-/// How long a piece should take.
-const LONGEST: Duration = Duration::from_millis(400);
 /// Fewer rows than this are hardly faster: a pass reads all weights anyway.
 const LEAST: usize = 8;
 
-/// How many rows to evaluate at a time: as many as took no longer than [`LONGEST`] so far, and at
+/// How many rows to evaluate at a time: as many as took no longer than they should so far, and at
 /// most a tree full. What is computed does not depend on it (see [`Lm`]).
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Pieces(usize);
+pub(crate) struct Pieces {
+    rows: usize,
+    longest: Duration,
+}
 
 impl Pieces {
+    /// How long a piece should take where nobody waits but the one who may stop it.
+    pub const LONGEST: Duration = Duration::from_millis(400);
+
     /// `first` rows at first, while nothing is known of their speed.
     pub fn new(first: usize) -> Self {
-        Pieces(first.clamp(LEAST, MAX_TREE))
+        Pieces { rows: first.clamp(LEAST, MAX_TREE), longest: Self::LONGEST }
     }
 
     /// For a model that multiplies `macs` weights for each row: pieces that take a slow machine
     /// no longer than they should.
-    pub fn of_model(macs: usize) -> Self {
+    pub fn of_model(macs: usize, longest: Duration) -> Self {
         /// Multiplications per second that any machine for which a model of billions of weights is
         /// meant can do.
         const SLOW: f64 = 150e9;
-        Self::new((SLOW * LONGEST.as_secs_f64() / macs.max(1) as f64) as usize)
+        let first = (SLOW * longest.as_secs_f64() / macs.max(1) as f64) as usize;
+        Pieces { longest, ..Self::new(first) }
     }
 
     /// How many of `left` rows come next.
     pub fn next(&self, left: usize) -> usize {
-        left.min(self.0)
+        left.min(self.rows)
     }
 
     /// Learns how long `rows` rows took.
     pub fn took(&mut self, rows: usize, time: Duration) {
-        let fit = rows as f64 * LONGEST.as_secs_f64() / time.as_secs_f64().max(1e-9);
+        let fit = rows as f64 * self.longest.as_secs_f64() / time.as_secs_f64().max(1e-9);
         // A short piece says little of a long one.
-        self.0 = (fit as usize).min(8 * rows.max(LEAST)).clamp(LEAST, MAX_TREE);
+        self.rows = (fit as usize).min(8 * rows.max(LEAST)).clamp(LEAST, MAX_TREE);
     }
 }
 
@@ -142,7 +147,7 @@ mod tests {
 
     #[test]
     fn pieces_follow_the_speed() {
-        let mut pieces = Pieces::of_model(6_600_000_000);
+        let mut pieces = Pieces::of_model(6_600_000_000, Pieces::LONGEST);
         assert_eq!(pieces.next(1000), 9);
         // Fast after all.
         pieces.took(9, Duration::from_millis(1));
@@ -155,7 +160,7 @@ mod tests {
         pieces.took(16, Duration::from_secs(60));
         assert_eq!(pieces.next(1000), LEAST);
         // A small model is not cut at all.
-        assert_eq!(Pieces::of_model(10_000_000).next(1000), MAX_TREE);
-        assert_eq!(Pieces::of_model(0).next(1000), MAX_TREE);
+        assert_eq!(Pieces::of_model(10_000_000, Pieces::LONGEST).next(1000), MAX_TREE);
+        assert_eq!(Pieces::of_model(0, Pieces::LONGEST).next(1000), MAX_TREE);
     }
 }

@@ -70,6 +70,11 @@ pub(super) struct Sizes {
 /// What kept beginnings may take where nothing is known of the system's memory.
 const SMALL_PREFIX_MEMORY: u64 = 256 << 20;
 
+/// How long a piece of a prompt takes where no other answer waits for it.
+const PACE_ALONE: Duration = Duration::from_millis(400);
+/// And where others wait for their next tokens.
+const PACE_BESIDE: Duration = Duration::from_millis(100);
+
 /// Threads with a session each.
 pub(super) struct Pool {
     inner: Arc<Inner>,
@@ -294,6 +299,8 @@ impl Inner {
 
     fn answer(&self, session: &mut Session, job: &Job, posted: Instant) -> Result<Outcome> {
         let share = self.account.as_ref().map(Account::share);
+        let is_alone = self.lock().running.len() == 1;
+        session.pace_prompts(if is_alone { PACE_ALONE } else { PACE_BESIDE });
         self.prefixes.lend(session, &job.prompt);
         let mut generation = session.generate_from(&job.prompt, &job.request)?;
         job.tell(Event::Begun);

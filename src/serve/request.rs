@@ -71,6 +71,7 @@ impl Terms<'_> {
             return Err(ApiError::invalid("messages", "messages is empty; say something"));
         }
         check_contents(&own.messages)?;
+        inputs.simplify();
         let choice = own.tool_choice.as_ref();
         let mut calls = None;
         if let Some(tools) = own.tools.as_ref().filter(|tools| tools.get() != "null") {

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Pieces, Prefill};
 use crate::decode::{Settings, Statistics, Strategy};
-use crate::engine::SessionOptions;
+use crate::engine::{Model, SessionOptions};
 use crate::error::{DRAFT, Error, Result};
 use crate::lm::{Batch, Lm, Output, Row, Token, Want, extend};
 use crate::sampling::RngState;
@@ -42,6 +42,8 @@ pub struct Session {
     pub(super) fresh: bool,
     /// Stops prompts that are evaluated without a request.
     cancel: Arc<AtomicBool>,
+    /// How long a piece of a prompt should take.
+    prompt_pace: Duration,
 }
 
 /// A token that was decided but not handed out. What is kept of it is what a saved session has; the rest is known
@@ -178,6 +180,7 @@ impl Session {
             spoken: 0,
             fresh: true,
             cancel: Arc::default(),
+            prompt_pace: Pieces::LONGEST,
         })
     }
 
@@ -208,6 +211,12 @@ impl Session {
     /// a generation goes on with it.
     pub fn cancel_prompts(&mut self, flag: Arc<AtomicBool>) {
         self.cancel = flag;
+    }
+
+    /// Has prompts evaluated in pieces that take about so long each. Others who share passes with this session wait
+    /// for a piece at most; smaller ones take longer altogether. What is computed does not depend on it.
+    pub fn pace_prompts(&mut self, longest: Duration) {
+        self.prompt_pace = longest;
     }
 
     /// Starts to generate after a prompt. If [`Request::cancel`] is set before the prompt is
@@ -336,8 +345,9 @@ impl Session {
         anew: bool,
         cancel: &Arc<AtomicBool>,
     ) -> Result<()> {
-        let target = Pieces::of_model(self.pair.target().shape().macs);
-        let draft = self.pair.draft().map_or(target, |draft| Pieces::of_model(draft.shape().macs));
+        let pieces = |model: &Model| Pieces::of_model(model.shape().macs, self.prompt_pace);
+        let target = pieces(self.pair.target());
+        let draft = self.pair.draft().map_or(target, pieces);
         let decoding = match &mut self.decoding {
             Some(decoding) => {
                 match anew {
