@@ -469,12 +469,12 @@ fn every_accepted_block_clears_the_threshold_and_no_longer_one_would() {
             let in_draft = block.accepted.min(settings.gamma - 1);
             assert_eq!(pair.draft.committed(), before.len() + in_draft);
 
-            // q stays unwarped, but for the penalty, where the target is greedy.
+            // q stays unwarped, but for the penalties, where the target is greedy.
             let q_warp = if settings.warp.temperature > 0.0 {
                 settings.warp
             } else {
-                let Warp { repeat_penalty, repeat_last_n, .. } = settings.warp;
-                Warp { repeat_penalty, repeat_last_n, ..Warp::default() }
+                let Warp { temperature, top_k, top_p, min_p, .. } = Warp::default();
+                Warp { temperature, top_k, top_p, min_p, ..settings.warp }
             };
             let mut path = before.clone();
             let (mut log_p, mut log_q) = (vec![0.0], vec![0.0]);

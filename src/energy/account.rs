@@ -174,7 +174,7 @@ mod tests {
     fn what_flows_is_divided_among_those_who_run() {
         let account = Account::open(vec![Box::new(Assumed::new(1000.0).unwrap())]).unwrap();
         std::thread::sleep(Duration::from_millis(20));
-        let (first, begun) = (account.share(), Instant::now());
+        let (begun, first) = (Instant::now(), account.share());
         std::thread::sleep(Duration::from_millis(30));
         let alone = first.joules().unwrap();
         let second = account.share();
