@@ -68,7 +68,7 @@ start plain && MTAD_URL=$url
 start keyed --api-key "$MTAD_KEY" && MTAD_KEYED_URL=$url
 start narrow --parallel 1 --queue 0 && MTAD_NARROW_URL=$url
 # What is made up by the document may ask for the longest text there is, many times over: here none is long.
-start fuzzed --ctx-size 96 --body-limit 1M && fuzzed=$url
+start fuzzed --ctx-size 48 --parallel 2 --queue 4 --body-limit 1M && fuzzed=$url
 
 export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1 PYTHONDONTWRITEBYTECODE=1
 step "OpenAI's client for Python" timeout 150 "$venv/bin/pytest" -q -p no:cacheprovider -rs "$here/openai_test.py"
