@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Pieces, Prefill};
-use crate::decode::{Settings, Statistics, Strategy};
+use crate::decode::{Origin, Settings, Statistics, Strategy};
 use crate::engine::SessionOptions;
 use crate::error::{DRAFT, Error, Result};
 use crate::lm::{Batch, Lm, Output, Row, Token, Want, extend};
@@ -39,6 +39,8 @@ pub struct Session {
     spoken: usize,
     /// Whether the next generation begins the numbers of its seed.
     fresh: bool,
+    /// Of a session that was restored: where the constraint began that its text was held to.
+    constrained_from: Option<usize>,
     /// Stops prompts that are evaluated without a request.
     cancel: Arc<AtomicBool>,
 }
@@ -47,7 +49,7 @@ pub struct Session {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Ahead {
     pub token: Token,
-    pub drafted: bool,
+    pub origin: Origin,
     pub log_prob: Option<f64>,
 }
 
@@ -58,6 +60,7 @@ pub(crate) struct Snapshot {
     pub ahead: Vec<Ahead>,
     pub spoken: usize,
     pub fresh: bool,
+    pub constrained_from: Option<usize>,
     pub rng: RngState,
 }
 
@@ -124,8 +127,8 @@ pub struct Piece {
     pub text: String,
     /// The token; `None` for text that was held back and is let go at the end.
     pub token: Option<Token>,
-    /// Whether the draft proposed it (and the target accepted it).
-    pub drafted: bool,
+    /// Where it is from; text without a token has the target's.
+    pub origin: Origin,
     /// Its log-probability under the unwarped target, if scores were asked for.
     pub log_prob: Option<f64>,
 }
@@ -143,6 +146,7 @@ impl Session {
             ahead: Vec::new(),
             spoken: 0,
             fresh: true,
+            constrained_from: None,
             cancel: Arc::default(),
         })
     }
@@ -263,7 +267,7 @@ impl Session {
     pub fn reset(&mut self) -> Result<()> {
         self.ready.clear();
         self.ahead.clear();
-        (self.spoken, self.fresh) = (0, true);
+        (self.spoken, self.fresh, self.constrained_from) = (0, true, None);
         match self.decoding {
             Some(_) => self.with(|decoding, models| decoding.clear(models)),
             None => Ok(()),
@@ -327,6 +331,7 @@ impl Session {
         // A prompt that was refused has changed nothing.
         if self.decoding.as_ref().is_some_and(|decoding| decoding.text() == prompt) {
             self.ahead.clear();
+            self.constrained_from = None;
             self.spoken = prompt.len();
         }
         started
@@ -335,8 +340,19 @@ impl Session {
     /// Makes ready to go on; says whether the text has ended.
     fn go_on(&mut self, request: &Request) -> Result<bool> {
         let Some(&last) = self.tokens().last() else { return Err(no_text()) };
+        let before = self.decoding.as_ref().and_then(|d| d.settings().constraint.clone());
         self.configure(request.settings.clone(), self.fresh, &request.cancel)?;
         self.settle()?;
+        if request.settings.constraint.is_none() {
+            self.constrained_from = None;
+        } else if request.settings.constraint != before {
+            let start = self.constrained_from.take();
+            let goes_on = self.decoding.as_mut().is_some_and(|d| d.constrain_from(start));
+            // What was decided under another constraint, or none, may not follow under this one.
+            if !goes_on {
+                self.ahead.clear();
+            }
+        }
         self.with(|decoding, models| decoding.resume(models))?;
         Ok(!std::mem::replace(&mut self.fresh, false) && self.pair.tokenizer().is_end(last))
     }
@@ -359,15 +375,21 @@ impl Session {
             ahead: undelivered.chain(self.ahead.iter().copied()).collect(),
             spoken: self.spoken,
             fresh: self.fresh,
+            constrained_from: self
+                .decoding
+                .as_ref()
+                .and_then(Decoding::constrained_from)
+                .or(self.constrained_from),
             rng: self.decoding.as_ref().map_or(RngState::default(), Decoding::random_state),
         }
     }
 
     /// Takes all but the caches, which the models have already.
     pub(crate) fn restore(&mut self, snapshot: Snapshot) {
-        let Snapshot { text, ahead, spoken, fresh, rng } = snapshot;
+        let Snapshot { text, ahead, spoken, fresh, constrained_from, rng } = snapshot;
         self.decoding = Some(Decoding::restored(text, rng));
         (self.ahead, self.spoken, self.fresh) = (ahead, spoken, fresh);
+        self.constrained_from = constrained_from;
     }
 
     fn with<R>(
@@ -395,8 +417,8 @@ impl Session {
 
 impl Ahead {
     fn of(piece: Piece) -> Option<Self> {
-        let Piece { token, drafted, log_prob, .. } = piece;
-        Some(Ahead { token: token?, drafted, log_prob })
+        let Piece { token, origin, log_prob, .. } = piece;
+        Some(Ahead { token: token?, origin, log_prob })
     }
 }
 
@@ -603,7 +625,7 @@ impl<'s> Generation<'s> {
         };
         let tokens = block.tokens.iter().enumerate().map(|(i, &token)| Ahead {
             token,
-            drafted: block.is_drafted(i),
+            origin: block.origin(i),
             log_prob: block.scores.get(i).copied(),
         });
         let tokens: Vec<_> = tokens.collect();
@@ -624,8 +646,8 @@ impl<'s> Generation<'s> {
     /// before them.
     fn hand_out(&mut self, before: usize, tokens: &[Ahead]) -> Result<()> {
         let mut used = 0;
-        for &Ahead { token, drafted, log_prob } in tokens {
-            let mut piece = Piece { text: String::new(), token: Some(token), drafted, log_prob };
+        for &Ahead { token, origin, log_prob } in tokens {
+            let mut piece = Piece { text: String::new(), token: Some(token), origin, log_prob };
             used += 1;
             if self.session.pair.tokenizer().is_end(token) {
                 self.session.ready.push_back(piece);
@@ -683,7 +705,8 @@ impl<'s> Generation<'s> {
         self.stopped = Some(reason);
         let rest = std::mem::take(&mut self.held) + &self.decoder.finish();
         if !rest.is_empty() {
-            let piece = Piece { text: rest, token: None, drafted: false, log_prob: None };
+            let origin = Origin::Target;
+            let piece = Piece { text: rest, token: None, origin, log_prob: None };
             self.session.ready.push_back(piece);
         }
     }

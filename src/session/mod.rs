@@ -7,5 +7,6 @@ mod file;
 pub mod generation;
 pub mod pair;
 
+pub use crate::decode::Origin;
 pub use generation::{Generation, Piece, Request, Session, StopReason};
 pub use pair::{LoadOptions, Pair};
