@@ -2,6 +2,7 @@
 //!
 //! A message says what was found, where, and what would do; `main` prints it as it stands.
 
+use std::any::Any;
 use std::io;
 
 /// Everything that can go wrong in the library.
@@ -113,6 +114,12 @@ pub(crate) const DRAFT: &str = "the draft";
 
 /// `std::result::Result` with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a panic said.
+pub(crate) fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without words")
+}
 
 impl Error {
     /// The same error for somebody else who waited for what failed.

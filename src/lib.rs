@@ -48,6 +48,7 @@
 //! | `capi` | the same for C, and whatever speaks C: `include/mtad.h` | everything |
 //! | `bench` | timing passes against the machine's limits | everything |
 //! | `eval` | perplexity, tasks and their scores, strategies side by side | everything |
+//! | `serve` | pairs over HTTP, for many at once | everything |
 //! | `cli` | the command line, over the facade | everything |
 //!
 //! A test holds these rules. `unsafe` appears only in the CPU kernels, where shaders are compiled
@@ -87,6 +88,8 @@ pub mod lm;
 pub mod models;
 pub mod quant;
 pub mod sampling;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod session;
 pub mod tokenizer;
 

@@ -15,7 +15,7 @@ use mtad::decode::{
 };
 use mtad::lm::table::TableLm;
 use mtad::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token};
-use mtad::sampling::{Constraint, Mask, Matcher, Rng, Warp};
+use mtad::sampling::{Constraint, Mask, Matcher, Rng, Score, Warp};
 use mtad::{Error, Result};
 
 /// The strategies that draft in one way, whose text at temperature 0 is the greedy one.
@@ -188,6 +188,8 @@ fn random_warp(rng: &mut Rng) -> Warp {
         top_p: one_of(&[1.0, 1.0, 0.9, 0.5]),
         min_p: one_of(&[0.0, 0.0, 0.1]),
         repeat_penalty: one_of(&[1.0, 1.0, 1.3]),
+        presence_penalty: one_of(&[0.0, 0.0, 0.6, -0.4]),
+        frequency_penalty: one_of(&[0.0, 0.0, 0.3]),
         repeat_last_n: one_of(&[64.0, 5.0]) as usize,
     }
 }
@@ -204,8 +206,11 @@ fn held(lm: &TableLm, warp: &Warp, path: &[Token], may: impl Fn(Token) -> bool) 
     let recent = &path[path.len().saturating_sub(warp.repeat_last_n)..];
     let penalty = f64::from(warp.repeat_penalty);
     for (token, x) in logits.iter_mut().enumerate() {
-        if recent.contains(&(token as Token)) {
+        let count = recent.iter().filter(|t| **t == token as Token).count();
+        if count > 0 {
             *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
+            *x -= f64::from(warp.presence_penalty);
+            *x -= count as f64 * f64::from(warp.frequency_penalty);
         }
     }
     let mut order: Vec<usize> = (0..logits.len()).filter(|&t| may(t as Token)).collect();
@@ -507,11 +512,10 @@ fn every_accepted_block_clears_the_threshold_and_no_longer_one_would() {
 
             // What is emitted has probability, also after an accepted block, and is scored.
             path = before;
-            for (&token, &score) in block.tokens.iter().zip(&block.scores) {
+            for (&token, score) in block.tokens.iter().zip(&block.scores) {
                 let p = probabilities(&pair.target.inner, &settings.warp, &path);
                 assert!(p[token as usize] > 0.0, "{settings:?}");
-                let unwarped = probabilities(&pair.target.inner, &Warp::default(), &path);
-                assert!((score - unwarped[token as usize].ln()).abs() < 1e-5);
+                check_score(score, token, &pair.target.inner, &path, settings.alternatives);
                 path.push(token);
             }
             blocks += 1;
@@ -904,6 +908,7 @@ fn time_goes_to_the_phases_that_a_strategy_has() {
 
 /// Settings in which anything may be, within what is allowed.
 fn random_settings(strategy: Strategy, rng: &mut Rng) -> Settings {
+    let alternatives = [0, 1, 3][rng.below(3) as usize];
     let mut one_of = |values: &[f64]| values[rng.below(values.len() as u32) as usize];
     Settings {
         strategy,
@@ -918,9 +923,25 @@ fn random_settings(strategy: Strategy, rng: &mut Rng) -> Settings {
         delta: one_of(&[0.0, 0.3, 1.0]),
         costs: cheap_draft(),
         warp: random_warp(rng),
+        constraint: None,
         seed: u64::from(rng.below(1000)),
         score: true,
+        alternatives,
     }
+}
+
+/// That a score is what the unwarped target makes of a token after `path`, and of the most probable ones.
+fn check_score(score: &Score, token: Token, lm: &TableLm, path: &[Token], alternatives: usize) {
+    let p = probabilities(lm, &Warp::default(), path);
+    let is_of = |token: Token, log_prob: f64| {
+        assert!((log_prob - p[token as usize].ln()).abs() < 1e-5, "{token} {log_prob} {p:?}");
+    };
+    is_of(token, score.log_prob);
+    let mut order: Vec<Token> = (0..p.len() as Token).collect();
+    order.sort_by(|&a, &b| p[b as usize].total_cmp(&p[a as usize]).then(a.cmp(&b)));
+    let found: Vec<Token> = score.alternatives.iter().map(|a| a.0).collect();
+    assert_eq!(found, order[..alternatives.min(p.len())]);
+    score.alternatives.iter().for_each(|&(token, log_prob)| is_of(token, log_prob));
 }
 
 #[test]
@@ -945,12 +966,11 @@ fn what_is_emitted_was_kept_has_probability_and_is_scored() {
                 pair.assert_lines_are_prefixes(decoding.text());
                 assert!(!block.tokens.is_empty() && block.accepted <= block.drafted);
                 let mut log_p = 0.0;
-                for (i, (&token, &score)) in block.tokens.iter().zip(&block.scores).enumerate() {
+                for (i, (&token, score)) in block.tokens.iter().zip(&block.scores).enumerate() {
                     let p = probabilities(&pair.target.inner, &warp, &path)[token as usize];
                     assert!(p > 0.0, "{settings:?}");
-                    log_p += if block.is_drafted(i) { p.ln() } else { 0.0 };
-                    let unwarped = probabilities(&pair.target.inner, &Warp::default(), &path);
-                    assert!((score - unwarped[token as usize].ln()).abs() < 1e-5, "{settings:?}");
+                    log_p += if (block.origin(i) == Origin::Draft) { p.ln() } else { 0.0 };
+                    check_score(score, token, &pair.target.inner, &path, settings.alternatives);
                     path.push(token);
                 }
                 assert_eq!(block.scores.len(), block.tokens.len());

@@ -26,7 +26,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 ];
 
 /// Parts that may import everything but what [`ONLY_FOR`] keeps for others.
-const FREE: &[&str] = &["bench", "cli", "capi", "eval", "session", "lib", "main"];
+const FREE: &[&str] = &["bench", "cli", "capi", "eval", "serve", "session", "lib", "main"];
 
 /// Parts that only these may import.
 const ONLY_FOR: &[(&str, &[&str])] = &[("exec", &["engine"]), ("models", &["engine"])];

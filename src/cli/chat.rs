@@ -7,13 +7,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::console::{Text, tell};
-use super::run::{RunArgs, clock_seed};
+use super::run::RunArgs;
 use super::{interrupts, print_line, print_notes, read_text, template};
 use crate::chat::{Chat, Inputs};
 use crate::decode::{Origin, Phase};
 use crate::error::{Error, Result};
 use crate::sampling::Warp;
-use crate::session::generation::{Request, Session, StopReason};
+use crate::session::generation::{Request, Session, StopReason, clock_seed};
 use crate::session::pair::Pair;
 
 /// How a conversation is put to the model.
@@ -310,6 +310,8 @@ impl Talk<'_> {
             "top-p" => *top_p = read(name, value)?,
             "min-p" => *min_p = read(name, value)?,
             "repeat-penalty" => *repeat_penalty = read(name, value)?,
+            "presence-penalty" => settings.warp.presence_penalty = read(name, value)?,
+            "frequency-penalty" => settings.warp.frequency_penalty = read(name, value)?,
             "tau" => settings.tau = read(name, value)?,
             "gamma" => settings.gamma = read(name, value)?,
             "beam-width" => settings.beam_width = read(name, value)?,
@@ -387,12 +389,14 @@ impl Talk<'_> {
 }
 
 /// What `/set` can set.
-const SETTINGS: [&str; 11] = [
+const SETTINGS: [&str; 13] = [
     "temperature",
     "top-k",
     "top-p",
     "min-p",
     "repeat-penalty",
+    "presence-penalty",
+    "frequency-penalty",
     "tau",
     "gamma",
     "beam-width",

@@ -10,13 +10,13 @@ use serde_json::{Value as Json, json};
 use super::console::tell;
 use super::interrupts::{self, Finishing};
 use super::metering::{Measured, Metering, PHASES, Work};
-use super::run::{RunArgs, clock_seed};
+use super::run::RunArgs;
 use super::{note_listener, print_line, read_text, table};
 use crate::decode::Strategy;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
 use crate::files::OutputFile;
-use crate::session::generation::Request;
+use crate::session::generation::{Request, clock_seed};
 use crate::session::pair::Pair;
 
 /// Measure joules per token, by phase, of strategies side by side

@@ -21,6 +21,8 @@ mod metering;
 mod perplexity;
 mod quantize;
 mod run;
+#[cfg(feature = "serve")]
+mod serve;
 mod stored;
 mod template;
 mod tokenize;
@@ -57,6 +59,8 @@ struct Cli {
 enum Command {
     Run(Box<run::RunCommand>),
     Chat(Box<chat::ChatArgs>),
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::ServeArgs>),
     Bench(Box<bench::BenchArgs>),
     Eval(Box<eval::EvalArgs>),
     Perplexity(perplexity::PerplexityArgs),
@@ -130,6 +134,8 @@ fn run_command(command: &Command) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args),
         Command::Chat(args) => chat::chat(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::serve(args),
         Command::Template(args) => template::template(args),
         Command::Bench(args) => bench::bench(args),
         Command::Eval(args) => eval::eval(args),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
@@ -21,7 +21,7 @@ use crate::engine::CacheType;
 use crate::engine::{Device, SessionOptions};
 use crate::error::{Error, Result};
 use crate::sampling::{Constraint, Warp};
-use crate::session::generation::{Generation, Request, StopReason};
+use crate::session::generation::{Generation, Request, StopReason, clock_seed};
 use crate::session::pair::{LoadOptions, Pair};
 
 /// Generate text after a prompt
@@ -73,6 +73,14 @@ pub struct RunArgs {
     /// Make tokens of the last 64 less probable by this factor; 1 is off
     #[arg(long, value_name = "R", default_value_t = Warp::default().repeat_penalty)]
     repeat_penalty: f32,
+
+    /// Take this off the logits of tokens that occur among the last 64; 0 is off
+    #[arg(long, value_name = "P", default_value_t = Warp::default().presence_penalty)]
+    presence_penalty: f32,
+
+    /// Take this off the logits of such tokens for each time that they occur; 0 is off
+    #[arg(long, value_name = "P", default_value_t = Warp::default().frequency_penalty)]
+    frequency_penalty: f32,
 
     /// Seed of all draws: the same seed gives the same text [default: from the clock]
     #[arg(long, value_name = "N")]
@@ -236,11 +244,14 @@ impl RunArgs {
                     top_p: self.top_p,
                     min_p: self.min_p,
                     repeat_penalty: self.repeat_penalty,
+                    presence_penalty: self.presence_penalty,
+                    frequency_penalty: self.frequency_penalty,
                     ..Warp::default()
                 },
                 constraint: None,
                 seed,
                 score: self.score,
+                alternatives: 0,
             },
             max_tokens: Some(self.max_tokens),
             stop: self.stop.clone(),
@@ -310,12 +321,6 @@ pub(super) fn load_pair(
         _ => None,
     };
     Pair::from_files(open_model_as(model, options)?, draft, options, &mut bar)
-}
-
-/// A seed that differs from run to run.
-pub(super) fn clock_seed() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_nanos() as u64 % 1_000_000_000
 }
 
 pub(super) fn run(command: &RunCommand) -> Result<()> {

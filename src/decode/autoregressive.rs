@@ -42,9 +42,7 @@ impl Algorithm for Autoregressive {
         let rows = verify_chain(target, round.timeline, round.settings, vocab, path, &[])?;
         fill_target(&mut self.p, rows.get(0), vocab, warp, path)?;
         block.tokens.push(self.p.draw(round.rng));
-        if round.settings.score {
-            rows.score(block, 0.., vocab);
-        }
+        rows.score(block, 0.., vocab, round.settings);
         Ok(Kept { target: Some(rows.row(0)), draft: None })
     }
 }

@@ -71,8 +71,8 @@ impl Algorithm for BeamDecoding {
         for &node in &emitted {
             let node = &self.beams.nodes[node];
             block.tokens.push(node.token);
-            if how.score {
-                block.scores.push(node.score);
+            if how.scoring.is_some() {
+                block.scores.push(node.score.clone());
             }
         }
         let (&tip, before) = emitted.split_last().expect("a token is emitted");
@@ -121,7 +121,7 @@ impl BeamDecoding {
                     Some(&(_, new)) => new,
                     None => {
                         moved.push((old, nodes.len()));
-                        nodes.push(super::beams::Node { parent, ..beams.nodes[old] });
+                        nodes.push(super::beams::Node { parent, ..beams.nodes[old].clone() });
                         nodes.len() - 1
                     }
                 };

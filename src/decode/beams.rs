@@ -7,10 +7,10 @@
 use super::{Reader, Settings, eval_after, want};
 use crate::error::Result;
 use crate::lm::{Batch, Lm, Outputs, Row, Token};
-use crate::sampling::{Distribution, Path, Removed, Rng, Warp, pick, unwarped_log_prob};
+use crate::sampling::{Distribution, Path, Removed, Rng, Score, Warp, pick, score};
 
 /// A token that a beam was extended by.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Node {
     /// The node before it; `None` is the pending token.
     pub parent: Option<usize>,
@@ -19,8 +19,8 @@ pub(super) struct Node {
     pub log_prob: f64,
     /// Joint probability of the path that ends here, normalised over the beams of its step.
     pub weight: f64,
-    /// ln of its unwarped probability after its parent, if scores are wanted.
-    pub score: f64,
+    /// What the unwarped model makes of it after its parent, if scores are wanted.
+    pub score: Score,
     /// Which of the beams that were alive it extends.
     pub source: usize,
 }
@@ -45,8 +45,8 @@ pub(super) struct Sampling {
     pub search: bool,
     /// Whether a pair of a beam and a token may be drawn twice. The two are separate beams then.
     pub with_replacement: bool,
-    /// Whether nodes are scored.
-    pub score: bool,
+    /// How many alternatives the scores of nodes have, if they are scored.
+    pub scoring: Option<usize>,
     /// Whether the distributions of all steps are kept ([`Beams::following`]).
     pub keep: bool,
     /// How the model reads the text.
@@ -61,7 +61,7 @@ impl Sampling {
             width: settings.beam_width,
             search: settings.warp.is_greedy(),
             with_replacement: settings.with_replacement,
-            score: false,
+            scoring: None,
             keep: false,
             reader,
         }
@@ -69,7 +69,7 @@ impl Sampling {
 
     /// How the target samples beams of its own: as a draft would, with scores if they are wanted.
     pub fn of_target(settings: &Settings) -> Self {
-        Sampling { score: settings.score, ..Self::of_draft(settings, Reader::Target) }
+        Sampling { scoring: settings.scoring(), ..Self::of_draft(settings, Reader::Target) }
     }
 
     fn largest(&self) -> Option<usize> {
@@ -142,7 +142,7 @@ impl Beams {
         how: &Sampling,
         rng: &mut Rng,
     ) -> Result<bool> {
-        let want = want(&how.warp, lm, vocab, start, how.largest(), how.score);
+        let want = want(&how.warp, lm, vocab, start, how.largest(), how.scoring);
         let nodes = self.nodes.iter().map(|node| (node.token, node.parent));
         let rows = eval_after(lm, how.reader, start.text, nodes, later, want)?;
         self.pending = rows.row(0).0;
@@ -162,7 +162,7 @@ impl Beams {
         how: &Sampling,
         rng: &mut Rng,
     ) -> Result<bool> {
-        let want = want(&how.warp, lm, vocab, start, how.largest(), how.score);
+        let want = want(&how.warp, lm, vocab, start, how.largest(), how.scoring);
         let mut batch = Batch::new();
         for beam in &self.live {
             let node = &self.nodes[beam.node.expect("an extended beam has a node")];
@@ -200,10 +200,10 @@ impl Beams {
         if !self.grow(how, rng) {
             return Ok(false);
         }
-        if how.score {
+        if let Some(alternatives) = how.scoring {
             for node in &mut self.nodes[old..] {
                 let output = outputs.get(places[node.source]);
-                node.score = unwarped_log_prob(output, node.token, vocab);
+                node.score = score(output, node.token, vocab, alternatives);
             }
         }
         Ok(true)
@@ -232,7 +232,14 @@ impl Beams {
             }
             self.next.push(Beam { node: Some(self.nodes.len()), weight });
             let (parent, log_prob) = (beam.node, p.log_prob(token));
-            self.nodes.push(Node { parent, token, log_prob, weight, score: 0.0, source });
+            self.nodes.push(Node {
+                parent,
+                token,
+                log_prob,
+                weight,
+                score: Score::default(),
+                source,
+            });
             if how.search || !how.with_replacement {
                 self.removed.push((source, p.remove(token)));
             }

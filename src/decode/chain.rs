@@ -27,7 +27,7 @@ impl Chain {
         let (warp, reader) = (&round.settings.warp, round.models.draft_reader());
         let q_warp = warp.for_draft();
         let draft = draft_of(&mut round.models, round.settings.strategy)?;
-        let want = want(&q_warp, draft, vocab, path, warp.is_greedy().then_some(1), false);
+        let want = want(&q_warp, draft, vocab, path, warp.is_greedy().then_some(1), None);
         self.q.resize_with(gamma.max(self.q.len()), Distribution::default);
         self.tokens.clear();
         for i in 0..gamma {
@@ -87,9 +87,7 @@ impl Chain {
             block.log_q += log_q;
         }
         block.tokens.push(p.draw(round.rng));
-        if settings.score {
-            rows.score(block, 0.., vocab);
-        }
+        rows.score(block, 0.., vocab, settings);
         let in_draft = (block.accepted as u32).min(self.evaluated - 1);
         Ok(Kept {
             target: Some(rows.row(block.accepted)),

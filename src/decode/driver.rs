@@ -385,7 +385,7 @@ impl Decoding {
             timeline: &mut self.timeline,
         };
         let done = algorithm.round(&mut round, &mut self.block).and_then(|kept| {
-            if self.block.scores.iter().any(|score| !score.is_finite()) {
+            if self.block.scores.iter().any(|score| !score.log_prob.is_finite()) {
                 return Err(Error::NotFinite { model: TARGET.to_owned() });
             }
             round.models.target.commit(kept.target)?;
@@ -401,7 +401,7 @@ impl Decoding {
             return Err(error);
         }
         self.text.extend_from_slice(&self.block.tokens);
-        self.scores.extend_from_slice(&self.block.scores);
+        self.scores.extend(self.block.scores.iter().map(|score| score.log_prob));
         self.statistics.record(&self.block);
         Ok(Some(&self.block))
     }

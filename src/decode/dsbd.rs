@@ -127,7 +127,7 @@ impl Algorithm for Dsbd {
             while alive.len() < width && layer.mass() > 0.0 {
                 let mut found = None;
                 for n in candidates.by_ref() {
-                    let node = self.beams.nodes[n];
+                    let node = self.beams.nodes[n].clone();
                     // Less than 1 where pairs were taken out, and where a beam has none.
                     let mass = |&s: &Option<usize>| {
                         weight_of(&self.beams, s) * self.beams.following(s).mass()
@@ -214,9 +214,8 @@ impl Algorithm for Dsbd {
             }
         };
         block.tokens.push(next);
-        if settings.score {
-            rows.score(block, std::iter::once(0).chain(path.iter().map(|node| node + 1)), vocab);
-        }
+        let before = std::iter::once(0).chain(path.iter().map(|node| node + 1));
+        rows.score(block, before, vocab, settings);
         Ok(Kept {
             target: Some(rows.row(row)),
             draft: Some(self.beams.kept(&path, block.accepted)),

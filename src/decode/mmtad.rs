@@ -17,7 +17,7 @@ use crate::sampling::Distribution;
 /// What it says of itself.
 pub(super) const DESCRIPTOR: Descriptor = Descriptor {
     name: "mmtad",
-    summary: "the same with all beams verified, as a tree",
+    summary: "multi-token joint decoding with all beams verified, as a tree",
     needs_draft: true,
     knobs: &[Knob::Tau, Knob::Gamma, Knob::BeamWidth, Knob::WithReplacement],
     rows: |s| s.gamma * s.beam_width,
@@ -104,9 +104,8 @@ impl Algorithm for Mmtad {
         let path = self.beams.path(chosen);
         block.tokens.extend(path.iter().map(|&node| self.beams.nodes[node].token));
         block.tokens.push(self.p[row].draw(round.rng));
-        if settings.score {
-            rows.score(block, std::iter::once(0).chain(path.iter().map(|node| node + 1)), vocab);
-        }
+        let before = std::iter::once(0).chain(path.iter().map(|node| node + 1));
+        rows.score(block, before, vocab, settings);
         Ok(Kept {
             target: Some(rows.row(row)),
             draft: Some(self.beams.kept(&path, block.accepted)),

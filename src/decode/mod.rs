@@ -54,7 +54,7 @@ pub use typical::Typical;
 
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
-use crate::sampling::{Constraint, Distribution, Guide, Path, Rng, Warp, unwarped_log_prob};
+use crate::sampling::{Constraint, Distribution, Guide, Path, Rng, Score, Warp, score};
 
 /// What an algorithm is told to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +91,8 @@ pub struct Settings {
     pub seed: u64,
     /// Whether emitted tokens are scored under the unwarped target.
     pub score: bool,
+    /// How many of the most probable tokens are told with each score.
+    pub alternatives: usize,
 }
 
 impl Default for Settings {
@@ -111,6 +113,7 @@ impl Default for Settings {
             constraint: None,
             seed: 0,
             score: false,
+            alternatives: 0,
         }
     }
 }
@@ -138,6 +141,11 @@ impl Settings {
             )));
         }
         Ok(())
+    }
+
+    /// How many alternatives each score has, if scores are wanted.
+    fn scoring(&self) -> Option<usize> {
+        self.score.then_some(self.alternatives)
     }
 
     /// The most tokens that a round drafts in a path.
@@ -283,8 +291,8 @@ pub struct Block {
     pub steps: Vec<(f64, f64)>,
     /// Of MTAD and MMTAD: the depths that clear the threshold; bit 0 is the first token.
     pub passed: u128,
-    /// ln p of each emitted token under the unwarped target; empty unless scores are wanted.
-    pub scores: Vec<f64>,
+    /// What the unwarped target makes of each emitted token; empty unless scores are wanted.
+    pub scores: Vec<Score>,
 }
 
 impl Block {
@@ -379,10 +387,17 @@ impl<'a> Rows<'a> {
         Row((self.pending + i) as u32)
     }
 
-    /// Scores the block's tokens; each follows the row that `before` names.
-    fn score(&self, block: &mut Block, before: impl IntoIterator<Item = usize>, vocab: usize) {
+    /// Scores the block's tokens, if that is wanted; each follows the row that `before` names.
+    fn score(
+        &self,
+        block: &mut Block,
+        before: impl IntoIterator<Item = usize>,
+        vocab: usize,
+        settings: &Settings,
+    ) {
+        let Some(alternatives) = settings.scoring() else { return };
         for (&token, row) in block.tokens.iter().zip(before) {
-            block.scores.push(unwarped_log_prob(self.get(row), token, vocab));
+            block.scores.push(score(self.get(row), token, vocab, alternatives));
         }
     }
 }
@@ -438,7 +453,7 @@ fn verify_nodes<'a>(
     nodes: impl ExactSizeIterator<Item = (Token, Option<usize>)>,
 ) -> Result<Rows<'a>> {
     timeline.enter(Phase::Verify);
-    let want = want(&settings.warp, target, vocab, path, None, settings.score);
+    let want = want(&settings.warp, target, vocab, path, None, settings.scoring());
     let rows = eval_after(target, Reader::Target, path.text, nodes, 0, want)?;
     timeline.enter(Phase::Sample);
     Ok(rows)
@@ -457,18 +472,25 @@ fn verify_chain<'a>(
     verify_nodes(target, timeline, settings, vocab, path, nodes)
 }
 
-/// The least that rows of `lm` after `path` must return under this warping; `largest` and `score` as in
-/// [`Warp::want`].
+/// The least that rows of `lm` after `path` must return under this warping; `largest` as in [`Warp::want`],
+/// `scoring` as in [`Settings::scoring`].
 fn want(
     warp: &Warp,
     lm: &dyn Lm,
     vocab: usize,
     path: Path<'_>,
     largest: Option<usize>,
-    score: bool,
+    scoring: Option<usize>,
 ) -> Want<'static> {
-    // The largest logits may all be of tokens that may not follow.
-    warp.want(lm.vocab_size() == vocab && path.guide.is_none(), largest, score)
+    match scoring {
+        // Alternatives are found among all.
+        Some(1..) => Want::Logits,
+        // The largest logits may all be of tokens that may not follow.
+        _ => {
+            let whole = lm.vocab_size() == vocab && path.guide.is_none();
+            warp.want(whole, largest, scoring.is_some())
+        }
+    }
 }
 
 /// Fills a distribution of the target, from which a token is going to be drawn.

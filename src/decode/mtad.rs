@@ -80,9 +80,7 @@ impl Algorithm for Mtad {
         }
         block.tokens.extend_from_slice(&self.branch[..block.accepted]);
         block.tokens.push(self.p[block.accepted].draw(round.rng));
-        if settings.score {
-            rows.score(block, 0.., vocab);
-        }
+        rows.score(block, 0.., vocab, settings);
         Ok(Kept {
             target: Some(rows.row(block.accepted)),
             draft: Some(self.beams.kept(&nodes, block.accepted)),

@@ -40,8 +40,8 @@ impl Algorithm for Mtjd {
         for &node in &path {
             let node = &self.beams.nodes[node];
             block.tokens.push(node.token);
-            if how.score {
-                block.scores.push(node.score);
+            if how.scoring.is_some() {
+                block.scores.push(node.score.clone());
             }
         }
         // The last token was not evaluated: it is pending.

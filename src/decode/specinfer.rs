@@ -100,9 +100,8 @@ impl Algorithm for SpecInfer {
         }
         block.tokens.extend_from_slice(&self.branch);
         block.tokens.push(self.p.draw(round.rng));
-        if settings.score {
-            rows.score(block, std::iter::once(0).chain(path.iter().map(|node| node + 1)), vocab);
-        }
+        let before = std::iter::once(0).chain(path.iter().map(|node| node + 1));
+        rows.score(block, before, vocab, settings);
         // The draft has not evaluated the leaves.
         let in_draft = path[..block.accepted.min(round.gamma - 1)].last();
         Ok(Kept {
@@ -122,7 +121,7 @@ impl SpecInfer {
         let branching = &settings.branching[..round.gamma];
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let most = branching.iter().copied().max();
-        let want = want(&q_warp, draft, vocab, start, most.filter(|_| warp.is_greedy()), false);
+        let want = want(&q_warp, draft, vocab, start, most.filter(|_| warp.is_greedy()), None);
         self.nodes.clear();
         let inner = nodes_of(&branching[..branching.len() - 1]);
         self.q.resize_with((inner + 1).max(self.q.len()), Distribution::default);

@@ -13,6 +13,7 @@
 //! Two rules hold throughout. All timestamps are [`Instant`]s, the clock that decoders mark their
 //! phases by. And a meter that cannot be read is [`Unavailable`] with a reason, never 0 joules.
 
+pub mod account;
 pub mod battery;
 pub mod desktop;
 pub mod external;
@@ -28,6 +29,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub use account::{Account, Share};
 pub use recorder::{Marker, Recorder, Recording, Window};
 pub use sysfs::Tree;
 pub use trace::{Consumption, PhaseEnergy, Trace, Watts};

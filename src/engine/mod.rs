@@ -188,7 +188,7 @@ impl Model {
                 self.file.name()
             ));
         }
-        let row = row_bytes(&self.shape.layers, options.cache_type) as u64;
+        let row = self.row_bytes(options.cache_type);
         let mut capacity = options.context.unwrap_or(self.shape.context).min(limit);
         if let (None, Some(left)) = (asked, self.budget.left()) {
             // (Half of what is left, so that another session has room too.)
@@ -208,6 +208,16 @@ impl Model {
             None => Box::new(session),
             Some(standby) => Box::new(Failover::new(Box::new(session), standby.clone(), *options)),
         })
+    }
+
+    /// Bytes that a session takes for each row of its context.
+    pub fn row_bytes(&self, cache_type: CacheType) -> u64 {
+        row_bytes(&self.shape.layers, cache_type) as u64
+    }
+
+    /// The memory that it may take, with what is left of it.
+    pub fn budget(&self) -> &Budget {
+        &self.budget
     }
 
     /// The passes that its sessions have run so far.

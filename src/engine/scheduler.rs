@@ -8,7 +8,6 @@
 //! Linear layers read each weight once for all rows of a pass, and what a row gets does not depend on its
 //! neighbours, so sharing passes saves time and changes nothing else.
 
-use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::pipeline::{Pipeline, Workspace};
 use super::sequence::Sequence;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, words_of};
 use crate::lm::{MAX_TREE, Token, TopK};
 
 /// The most rows of a pass that several sequences share. (One of them has [`MAX_TREE`] at most.)
@@ -308,10 +307,4 @@ impl Scheduler {
         sink(Found::Logits(self.pipeline.logits(workspace, rows)?));
         Ok(())
     }
-}
-
-/// What a panic said.
-fn words_of(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without words")
 }

@@ -242,13 +242,11 @@ impl Matcher for Place {
             mask.allow(*end);
             return Ok(());
         }
-        let found = self.parser.compute_mask();
-        if self.parser.stop_reason() == StopReason::NoExtensionBias {
-            return Err(Error::Grammar(
-                "no token of the vocabulary may follow here by the grammar".to_owned(),
-            ));
-        }
-        mask.assign(found.map_err(|e| Error::Grammar(sentence(e)))?.as_slice());
+        let found = self.parser.compute_mask().map_err(|e| match sentence(e) {
+            name if name == StopReason::NoExtensionBias.to_string() => nothing_follows(),
+            why => Error::Grammar(why),
+        });
+        mask.assign(found?.as_slice());
         // What lies beyond the vocabulary stands for nodes of the trie that are no token.
         mask.forbid(factory.tok_env().tok_trie().vocab_size() as Token);
         let may_end = self.parser.is_accepting().map_err(|e| Error::Grammar(sentence(e)))?;
@@ -257,7 +255,7 @@ impl Matcher for Place {
         }
         match mask.tokens().next() {
             Some(_) => Ok(()),
-            None => Err(Error::Grammar("the grammar has no text that goes on here".to_owned())),
+            None => Err(nothing_follows()),
         }
     }
 }
@@ -374,6 +372,11 @@ fn check_nesting(what: &str, schema: &Value) -> Result<usize> {
         }
     }
     Ok(count)
+}
+
+/// The error of a place where the text neither goes on nor ends.
+fn nothing_follows() -> Error {
+    Error::Grammar("no token of the vocabulary may follow, and the text may not end".to_owned())
 }
 
 /// The error of a source that cannot be used.

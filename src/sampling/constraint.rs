@@ -322,7 +322,7 @@ mod tests {
         assert_eq!(after(&[7, 7, 1], &[2, 2]), [9]);
         assert_eq!(after(&[7, 7, 1], &[9, 0]), [9]);
         // What may not follow is followed by nothing, and does no harm to other paths.
-        assert_eq!(after(&[7, 7, 1], &[0]), []);
+        assert!(after(&[7, 7, 1], &[0]).is_empty());
         assert_eq!(guide.refusal().to_string(), "0 may not follow");
         assert_eq!(after(&[7, 7, 1], &[]), [1, 2, 9]);
         // Another text of the same length.

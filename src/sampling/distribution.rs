@@ -23,8 +23,8 @@ pub struct Distribution {
     left: f64,
     /// Tokens with logits, then weights, of which the support is chosen.
     candidates: Vec<(Token, f32)>,
-    /// The tokens to penalise.
-    recent: Vec<Token>,
+    /// The tokens to penalise, in their order, and how often they occurred.
+    recent: Vec<(Token, u32)>,
     /// The last support, kept for its memory while there is none.
     spare: Vec<Token>,
     /// The logits of a row of which not every token may follow.
@@ -97,22 +97,20 @@ impl Distribution {
 
     fn fill_from_logits(&mut self, logits: &[f32], warp: &Warp, path: Path<'_>) {
         self.recent.clear();
-        if warp.repeat_penalty != 1.0 {
+        if warp.penalises() {
             path.recent(warp.repeat_last_n, &mut self.recent);
-            self.recent.retain(|&token| (token as usize) < logits.len());
+            self.recent.retain(|&(token, _)| (token as usize) < logits.len());
         }
-        let penalised = |x: f32| {
-            if x > 0.0 { x / warp.repeat_penalty } else { x * warp.repeat_penalty }
-        };
         let k = if warp.is_greedy() { 1 } else { warp.top_k };
         if k > 0 && k < logits.len() {
             // The largest that are not penalised are among so many of all.
             largest(logits, k + self.recent.len(), &mut self.candidates);
             if !self.recent.is_empty() {
                 let recent = &self.recent;
-                self.candidates.retain(|(token, _)| recent.binary_search(token).is_err());
-                let penalised = recent.iter().map(|&t| (t, penalised(logits[t as usize])));
-                self.candidates.extend(penalised);
+                let is_recent = |token: &Token| recent.binary_search_by_key(token, |r| r.0).is_ok();
+                self.candidates.retain(|(token, _)| !is_recent(token));
+                let penalised = |&(t, n): &(Token, u32)| (t, warp.penalised(logits[t as usize], n));
+                self.candidates.extend(recent.iter().map(penalised));
                 self.candidates.sort_unstable_by(largest_first);
                 self.candidates.truncate(k);
             }
@@ -125,9 +123,9 @@ impl Distribution {
         }
         self.weights.clear();
         self.weights.extend_from_slice(logits);
-        for &token in &self.recent {
+        for &(token, count) in &self.recent {
             let x = &mut self.weights[token as usize];
-            *x = penalised(*x);
+            *x = warp.penalised(*x, count);
         }
         let max = self.weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         // A single token under a temperature of 0 gets here too.
@@ -437,6 +435,8 @@ mod tests {
 
     const NEUTRAL: Warp = Warp {
         repeat_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
         repeat_last_n: 64,
         temperature: 1.0,
         top_k: 0,
@@ -513,6 +513,15 @@ mod tests {
         near(&probs(&filled(&logits, &warp, path)), &expected);
         let greedy = Warp { temperature: 0.0, repeat_penalty: 5.0, ..warp };
         assert_eq!(filled(&logits, &greedy, path).argmax(), 2);
+    }
+
+    #[test]
+    fn presence_counts_once_and_frequency_each_time() {
+        let warp = Warp { presence_penalty: 0.25, frequency_penalty: 0.5, ..NEUTRAL };
+        let path = Path { text: &[2, 0, 0], branch: &[0], guide: None };
+        let expected =
+            filled(&[2.0 - 0.25 - 1.5, -1.0, 0.5 - 0.25 - 0.5], &NEUTRAL, Path::default());
+        near(&probs(&filled(&[2.0, -1.0, 0.5], &warp, path)), &probs(&expected));
     }
 
     #[test]

@@ -16,7 +16,42 @@ pub use distribution::{Distribution, Removed};
 pub use rng::{Rng, RngState};
 pub use warp::{Path, Warp};
 
-use crate::lm::{Output, Token, log_sum_exp};
+use crate::lm::{Output, Token, largest, log_sum_exp};
+
+/// What the target itself makes of a token: before any warping.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Score {
+    /// ln p of the token.
+    pub log_prob: f64,
+    /// The most probable tokens in its place with their ln p, largest first, as many as were asked for.
+    pub alternatives: Vec<(Token, f64)>,
+}
+
+/// The [`Score`] of a token, with so many alternatives, for which the row must have returned all logits; otherwise
+/// as [`unwarped_log_prob`].
+///
+/// # Panics
+/// If the row did not return that.
+pub fn score(output: Output<'_>, token: Token, vocab: usize, alternatives: usize) -> Score {
+    match output {
+        Output::Logits(logits) if alternatives > 0 => {
+            let logits = &logits[..vocab];
+            let sum = log_sum_exp(logits, 1.0);
+            let mut found = Vec::new();
+            largest(logits, alternatives, &mut found);
+            let log_prob = |logit: f32| f64::from(logit) - sum;
+            Score {
+                log_prob: log_prob(logits[token as usize]),
+                alternatives: found.into_iter().map(|(token, x)| (token, log_prob(x))).collect(),
+            }
+        }
+        output => {
+            assert_eq!(alternatives, 0, "alternatives are found among all logits");
+            let log_prob = unwarped_log_prob(output, token, vocab);
+            Score { log_prob, alternatives: Vec::new() }
+        }
+    }
+}
 
 /// ln p(token) of a row before any warping, over the first `vocab` entries: what perplexity is
 /// made of. A row of the largest logits must hold the token and have been asked for with the

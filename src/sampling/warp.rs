@@ -7,7 +7,7 @@ use crate::lm::{Token, Want};
 /// Above this many survivors a whole row of logits is read rather than its largest.
 const MOST_READ_AS_TOP: usize = 256;
 
-/// Settings of the warping, applied in the order of the fields: penalty, temperature, top-k,
+/// Settings of the warping, applied in the order of the fields: penalties, temperature, top-k,
 /// top-p, min-p. The default changes nothing.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Warp {
@@ -15,7 +15,11 @@ pub struct Warp {
     /// [`repeat_last_n`](Warp::repeat_last_n) of the row's own path (Keskar et al. 2019, with
     /// llama.cpp's treatment of the sign). 1 is off.
     pub repeat_penalty: f32,
-    /// How many tokens back the penalty looks.
+    /// Taken off the logits of such tokens, once, whatever their number; negative favours them.
+    pub presence_penalty: f32,
+    /// Taken off the logits of such tokens for each time that they occur there; negative favours them.
+    pub frequency_penalty: f32,
+    /// How many tokens back the penalties look.
     pub repeat_last_n: usize,
     /// Divides the logits. 0 takes the largest logit (ties: the smaller token).
     pub temperature: f32,
@@ -32,6 +36,8 @@ impl Default for Warp {
     fn default() -> Self {
         Warp {
             repeat_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             repeat_last_n: 64,
             temperature: 1.0,
             top_k: 0,
@@ -72,7 +78,23 @@ impl Warp {
             "repeat-penalty",
             "above 0 (1 is off)",
             self.repeat_penalty,
-        )
+        )?;
+        let penalty = |name, x: f32| {
+            fine((-100.0..=100.0).contains(&x), name, "from -100 to 100 (0 is off)", x)
+        };
+        penalty("presence-penalty", self.presence_penalty)?;
+        penalty("frequency-penalty", self.frequency_penalty)
+    }
+
+    /// Whether tokens are penalised for having occurred.
+    pub(super) fn penalises(&self) -> bool {
+        self.repeat_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    /// A logit less the penalties of a token that occurred `count` times.
+    pub(super) fn penalised(&self, x: f32, count: u32) -> f32 {
+        let x = if x > 0.0 { x / self.repeat_penalty } else { x * self.repeat_penalty };
+        x - count as f32 * self.frequency_penalty - self.presence_penalty
     }
 
     /// Whether the most probable token is always taken.
@@ -81,14 +103,17 @@ impl Warp {
     }
 
     /// The warping of the draft: the same, as ratios of unequally warped distributions mean
-    /// nothing. Only when the target is greedy is the draft left unwarped but for the penalty,
+    /// nothing. Only when the target is greedy is the draft left unwarped but for the penalties,
     /// so that its probabilities still rank candidates.
     pub fn for_draft(&self) -> Warp {
         if self.is_greedy() {
+            let neutral = Warp::default();
             Warp {
-                repeat_penalty: self.repeat_penalty,
-                repeat_last_n: self.repeat_last_n,
-                ..Warp::default()
+                temperature: neutral.temperature,
+                top_k: neutral.top_k,
+                top_p: neutral.top_p,
+                min_p: neutral.min_p,
+                ..*self
             }
         } else {
             *self
@@ -108,7 +133,7 @@ impl Warp {
             _ => self.top_k,
         };
         // A penalty may change which tokens are the largest.
-        if whole && self.repeat_penalty == 1.0 && (1..=MOST_READ_AS_TOP).contains(&k) {
+        if whole && !self.penalises() && (1..=MOST_READ_AS_TOP).contains(&k) {
             // Renormalised survivors need no log-sum-exp; true probabilities and scores do.
             let sum = score || !(self.is_greedy() || self.top_k > 0);
             Want::Top { k, temperature: sum.then_some(1.0) }
@@ -135,12 +160,17 @@ impl<'a> Path<'a> {
         Path { branch, ..self }
     }
 
-    /// The different tokens among the last `n`, in `into`.
-    pub(super) fn recent(&self, n: usize, into: &mut Vec<Token>) {
+    /// The different tokens among the last `n`, in `into`, in their order, each with its number.
+    pub(super) fn recent(&self, n: usize, into: &mut Vec<(Token, u32)>) {
         into.clear();
-        into.extend(self.branch.iter().rev().chain(self.text.iter().rev()).take(n));
+        let last = self.branch.iter().rev().chain(self.text.iter().rev()).take(n);
+        into.extend(last.map(|&token| (token, 1)));
         into.sort_unstable();
-        into.dedup();
+        into.dedup_by(|next, kept| {
+            let is_same = next.0 == kept.0;
+            kept.1 += u32::from(is_same);
+            is_same
+        });
     }
 }
 
@@ -160,6 +190,8 @@ mod tests {
             (Warp { min_p: -0.1, ..neutral }, "min-p"),
             (Warp { repeat_penalty: 0.0, ..neutral }, "repeat-penalty"),
             (Warp { repeat_penalty: f32::INFINITY, ..neutral }, "repeat-penalty"),
+            (Warp { presence_penalty: f32::NAN, ..neutral }, "presence-penalty"),
+            (Warp { frequency_penalty: 101.0, ..neutral }, "frequency-penalty"),
         ] {
             let message = warp.validate().unwrap_err().to_string();
             assert!(message.starts_with(name), "{message}");
@@ -179,9 +211,14 @@ mod tests {
         assert_eq!(neutral.want(true, None, false), Want::Logits);
         let few = Warp { top_k: 40, temperature: 0.7, ..neutral };
         assert_eq!(few.want(true, None, false), top(40));
-        let penalised = Warp { repeat_penalty: 1.1, ..greedy };
-        assert_eq!(penalised.want(true, None, false), Want::Logits);
-        assert_eq!(penalised.for_draft().repeat_penalty, 1.1);
+        for penalised in [
+            Warp { repeat_penalty: 1.1, ..greedy },
+            Warp { presence_penalty: 0.5, ..greedy },
+            Warp { frequency_penalty: -0.5, ..greedy },
+        ] {
+            assert_eq!(penalised.want(true, None, false), Want::Logits);
+            assert_eq!(penalised.for_draft(), Warp { temperature: 1.0, ..penalised });
+        }
     }
 
     #[test]
@@ -189,8 +226,8 @@ mod tests {
         let path = Path { text: &[1, 2, 3, 3], branch: &[9, 3], guide: None };
         let mut recent = Vec::new();
         path.recent(4, &mut recent);
-        assert_eq!(recent, [3, 9]);
+        assert_eq!(recent, [(3, 3), (9, 1)]);
         path.recent(100, &mut recent);
-        assert_eq!(recent, [1, 2, 3, 9]);
+        assert_eq!(recent, [(1, 1), (2, 1), (3, 3), (9, 1)]);
     }
 }

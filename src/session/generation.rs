@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Pieces, Prefill};
 use crate::decode::{Origin, Settings, Statistics, Strategy};
@@ -45,8 +46,9 @@ pub struct Session {
     cancel: Arc<AtomicBool>,
 }
 
-/// A token that was decided but not handed out.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// A token that was decided but not handed out. What is kept of it is what a saved session has; the rest is known
+/// while its round is.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Ahead {
     pub token: Token,
     pub origin: Origin,
@@ -91,6 +93,13 @@ impl Default for Request {
     }
 }
 
+/// A seed for who names none, which differs from time to time. Small enough that every program can say it again.
+#[cfg_attr(not(feature = "cli"), allow(dead_code))]
+pub(crate) fn clock_seed() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64 % 1_000_000_000
+}
+
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopReason {
@@ -131,6 +140,31 @@ pub struct Piece {
     pub origin: Origin,
     /// Its log-probability under the unwarped target, if scores were asked for.
     pub log_prob: Option<f64>,
+    /// The most probable tokens in its place with their log-probabilities, likewise: as many as
+    /// [`Settings::alternatives`], and none of a token that was decided before the generation began.
+    pub alternatives: Vec<(Token, f64)>,
+    /// ln (joint p / joint q) of the accepted block that it belongs to; `None` for a token of the target's own.
+    pub log_ratio: Option<f64>,
+}
+
+impl Piece {
+    /// A token whose text is not known yet.
+    fn of(ahead: &Ahead) -> Self {
+        let &Ahead { token, origin, log_prob } = ahead;
+        Piece { token: Some(token), origin, log_prob, ..Piece::rest(String::new()) }
+    }
+
+    /// Text that was held back.
+    fn rest(text: String) -> Self {
+        Piece {
+            text,
+            token: None,
+            origin: Origin::Target,
+            log_prob: None,
+            alternatives: Vec::new(),
+            log_ratio: None,
+        }
+    }
 }
 
 impl Session {
@@ -372,7 +406,7 @@ impl Session {
         let undelivered = self.ready.iter().cloned().filter_map(Ahead::of);
         Snapshot {
             text: self.tokens().to_vec(),
-            ahead: undelivered.chain(self.ahead.iter().copied()).collect(),
+            ahead: undelivered.chain(self.ahead.iter().cloned()).collect(),
             spoken: self.spoken,
             fresh: self.fresh,
             constrained_from: self
@@ -595,6 +629,30 @@ impl<'s> Generation<'s> {
         [Phase::Draft, Phase::Verify, Phase::Sample].map(|phase| self.seconds(phase)).iter().sum()
     }
 
+    /// The session that it runs on, with the text as far as it goes.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// What the next round decides, all of it: one piece or more. `None` once the generation has ended.
+    ///
+    /// # Errors
+    /// What the models report, once.
+    pub fn next_round(&mut self) -> Option<Result<Vec<Piece>>> {
+        let first = match self.next()? {
+            Ok(first) => first,
+            Err(error) => return Some(Err(error)),
+        };
+        let mut pieces = vec![first];
+        while !self.session.ready.is_empty() {
+            match self.next()? {
+                Ok(piece) => pieces.push(piece),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+        Some(Ok(pieces))
+    }
+
     /// Does a round and fills `ready` with its tokens, up to a stop.
     fn round(&mut self) -> Result<()> {
         if self.request.cancel.load(Ordering::Relaxed) {
@@ -623,13 +681,18 @@ impl<'s> Generation<'s> {
             }
             Err(error) => return Err(error),
         };
-        let tokens = block.tokens.iter().enumerate().map(|(i, &token)| Ahead {
-            token,
-            origin: block.origin(i),
-            log_prob: block.scores.get(i).copied(),
+        let pieces = block.tokens.iter().enumerate().map(|(i, &token)| {
+            let origin = block.origin(i);
+            let score = block.scores.get(i);
+            let log_prob = score.map(|score| score.log_prob);
+            Piece {
+                alternatives: score.map_or(Vec::new(), |score| score.alternatives.clone()),
+                log_ratio: block.log_ratio().filter(|_| origin == Origin::Draft),
+                ..Piece::of(&Ahead { token, origin, log_prob })
+            }
         });
-        let tokens: Vec<_> = tokens.collect();
-        self.hand_out(before, &tokens)
+        let pieces = pieces.collect();
+        self.hand_out(before, pieces)
     }
 
     /// Hands out tokens that were decided before the text was left.
@@ -639,15 +702,15 @@ impl<'s> Generation<'s> {
         let scores = scores.filter(|_| self.request.settings.score).unwrap_or_default();
         let decoding = self.session.decoding.as_mut().expect("a generation has a decoding");
         decoding.extend_text(&tokens, &scores);
-        self.hand_out(0, ahead)
+        self.hand_out(0, ahead.iter().map(Piece::of).collect())
     }
 
-    /// Makes pieces of tokens at the end of the text, up to a stop; `before` tokens were generated
-    /// before them.
-    fn hand_out(&mut self, before: usize, tokens: &[Ahead]) -> Result<()> {
-        let mut used = 0;
-        for &Ahead { token, origin, log_prob } in tokens {
-            let mut piece = Piece { text: String::new(), token: Some(token), origin, log_prob };
+    /// Hands out the tokens at the end of the text, up to a stop; `before` tokens were generated before them.
+    fn hand_out(&mut self, before: usize, tokens: Vec<Piece>) -> Result<()> {
+        let (mut used, all) = (0, tokens.len());
+        let mut tokens = tokens.into_iter();
+        while let Some(mut piece) = tokens.next() {
+            let token = piece.token.expect("a token is handed out");
             used += 1;
             if self.session.pair.tokenizer().is_end(token) {
                 self.session.ready.push_back(piece);
@@ -672,12 +735,12 @@ impl<'s> Generation<'s> {
                 break;
             }
         }
-        if used < tokens.len() {
-            let text = self.decoding().text().len() - (tokens.len() - used);
+        if used < all {
+            let text = self.decoding().text().len() - (all - used);
             self.session.with(|decoding, models| decoding.truncate_text(models, text))?;
             // What comes after the end of a text is not part of it.
             if self.stopped == Some(StopReason::MaxTokens) {
-                self.session.ahead = tokens[used..].to_vec();
+                self.session.ahead = tokens.filter_map(Ahead::of).collect();
             }
         }
         Ok(())
@@ -705,9 +768,7 @@ impl<'s> Generation<'s> {
         self.stopped = Some(reason);
         let rest = std::mem::take(&mut self.held) + &self.decoder.finish();
         if !rest.is_empty() {
-            let origin = Origin::Target;
-            let piece = Piece { text: rest, token: None, origin, log_prob: None };
-            self.session.ready.push_back(piece);
+            self.session.ready.push_back(Piece::rest(rest));
         }
     }
 }

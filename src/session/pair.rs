@@ -265,6 +265,23 @@ impl Pair {
         self.load_seconds
     }
 
+    /// The rows that each of so many sessions may have at the same time: what `options` ask for, or what the target
+    /// was trained for, as far as memory holds it with room for one more.
+    pub fn context_for(&self, options: &SessionOptions, sessions: usize) -> usize {
+        let shape = self.target.shape();
+        let limit = shape.position_limit.unwrap_or(usize::MAX);
+        let wanted = options.context.unwrap_or(shape.context).min(limit);
+        let models = [Some(&self.target), self.draft.as_ref()];
+        let row: u64 = models.into_iter().flatten().map(|m| m.row_bytes(options.cache_type)).sum();
+        match (options.context, self.target.budget().left()) {
+            (None, Some(left)) => {
+                let fits = left / (sessions as u64 + 1) / row.max(1);
+                wanted.min(usize::try_from(fits).unwrap_or(usize::MAX))
+            }
+            _ => wanted,
+        }
+    }
+
     /// A new session with empty caches.
     ///
     /// # Errors
