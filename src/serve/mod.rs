@@ -172,7 +172,7 @@ fn model_name(file: &str) -> String {
 
 /// Who wrote a token.
 fn origin(piece: &Piece) -> &'static str {
-    if piece.drafted { "draft" } else { "target" }
+    piece.origin.name()
 }
 
 /// Seconds since 1970.
