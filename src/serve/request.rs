@@ -110,6 +110,7 @@ impl Terms<'_> {
                 return Err(ApiError::invalid("tool_choice", what));
             }
             wanted.request.settings.constraint = Some(Arc::new(form));
+            wanted.request.settings.score = wanted.log_probs;
         }
         Ok(Wanted { calls, ..wanted })
     }
@@ -222,7 +223,6 @@ impl Terms<'_> {
         }
         let origins = options.mtad_tokens.unwrap_or(false);
         let mut settings = self.settings(options)?;
-        settings.score = log_probs.is_some() || origins;
         settings.alternatives = log_probs.unwrap_or(0);
         let stream = options.stream.unwrap_or(false);
         let asks = options.stream_options.as_ref().and_then(|options| options.include_usage);
@@ -231,6 +231,8 @@ impl Terms<'_> {
         }
         let form = form(options, self.pair.tokenizer())?;
         settings.constraint = form.map(|form| Arc::new(form) as Arc<dyn Constraint>);
+        // Scores want a pass for each token, also for those that a form forces.
+        settings.score = log_probs.is_some() || (origins && settings.constraint.is_none());
         let request = Request {
             settings,
             max_tokens: max.or(default_max).map(|max| max as usize),
