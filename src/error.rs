@@ -53,6 +53,9 @@ pub enum Error {
         "the draft's vocabulary is not the target's: {0}; use a draft trained with the target's tokenizer"
     )]
     Vocabulary(String),
+    /// A grammar does not parse, is too complex, or leaves a text nothing to go on with.
+    #[error("{0}")]
+    Grammar(String),
     /// A chat template is damaged, fails, or refuses a conversation.
     #[error("{0}")]
     Template(String),

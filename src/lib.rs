@@ -40,8 +40,9 @@
 //! | [`models`] | families of models: metadata and tensors to a program, one file each | `error`, `gguf`, `graph` |
 //! | [`exec`] | executors of programs: the CPU and GPUs | `error`, `cached`, `quant`, `gguf`, `graph`, `lm` |
 //! | [`engine`] | models that run: sequences, and the passes that they share; memory, failover | `error`, `gguf`, `graph`, `models`, `exec`, `lm` |
-//! | [`sampling`] | warping, distributions, draws | `error`, `lm` |
+//! | [`sampling`] | warping, distributions, draws, constraints | `error`, `lm` |
 //! | [`decode`] | one algorithm per file, over [`lm::Lm`] alone | `error`, `lm`, `sampling` |
+//! | `grammar` | JSON schemas, regular expressions and grammars, as constraints of a vocabulary's texts | `error`, `lm`, `sampling`, `tokenizer` |
 //! | `energy` | joules from real meters, by phase | `error` |
 //! | [`session`] | what a program embeds: [`Pair`], [`Session`], [`Generation`], [`Prefix`], and sessions in files | all of the above |
 //! | `capi` | the same for C, and whatever speaks C: `include/mtad.h` | everything |
@@ -80,6 +81,8 @@ pub mod exec;
 #[cfg_attr(not(feature = "cli"), allow(dead_code))]
 mod files;
 pub mod gguf;
+#[cfg(feature = "grammar")]
+pub mod grammar;
 pub mod graph;
 pub mod lm;
 pub mod models;
@@ -90,7 +93,7 @@ pub mod serve;
 pub mod session;
 pub mod tokenizer;
 
-pub use decode::{Settings, Strategy};
+pub use decode::{Origin, Settings, Strategy};
 pub use engine::SessionOptions;
 pub use error::{Error, Result};
 pub use sampling::Warp;

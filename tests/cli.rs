@@ -354,3 +354,57 @@ fn a_reader_that_leaves_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
 }
+
+#[cfg(feature = "grammar")]
+#[test]
+fn text_can_be_held_to_a_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        file.to_str().unwrap().to_owned()
+    };
+    let schema = r#"{"type": "object", "properties": {"name": {"enum": ["Max", "Spot"]},
+        "age": {"type": "integer", "minimum": 1, "maximum": 15}},
+        "required": ["name", "age"], "additionalProperties": false}"#;
+    let schema_file = file("dog.json", schema);
+    let gbnf = file("a.gbnf", "root ::= \" \" (\"yes\" | \"no\") \"!\"");
+    let lark = file("b.lark", "start: \" \" (\"yes\" | \"no\") \"!\"");
+    let unnamed = file("c", "root ::= \" yes!\" | \" no!\"");
+    let args = ["run", "There was a dog.", "--seed", "7", "--json", "-n", "100"];
+    for schema in [schema, &schema_file] {
+        let out = json(&[&args[..], &["--json-schema", schema, "-s", "mmtad"]].concat());
+        assert_eq!(out["stop"], "eos");
+        let dog: Value = serde_json::from_str(out["text"].as_str().unwrap()).unwrap();
+        assert!(dog["name"] == "Max" || dog["name"] == "Spot");
+        assert!((1..=15).contains(&dog["age"].as_i64().unwrap()));
+        assert!(out["forced"].as_u64().unwrap() > 0);
+    }
+    for with in [
+        &["--regex", " (yes|no)!"],
+        &["--grammar", &gbnf[..]],
+        &["--grammar", &lark[..]],
+        &["--grammar", &unnamed[..]],
+    ] {
+        let out = json(&[&args[..], with].concat());
+        let text = out["text"].as_str().unwrap();
+        assert!(text == " yes!" || text == " no!", "{with:?}: {text:?}");
+    }
+    let broken = file("d.lark", "start: b");
+    for (with, what) in [
+        (&["--regex", "("][..], "--regex: the regular expression cannot be used: "),
+        (&["--grammar", &broken], "--grammar: the Lark grammar cannot be used: "),
+        (&["--json-schema", "{"], "--json-schema: it is no JSON: "),
+        (
+            &["--json-schema", "{\"type\": \"what\"}"],
+            "--json-schema: the JSON schema cannot be used: ",
+        ),
+        (&["--regex", "a", "--json-schema", "{}"], "cannot be used with"),
+    ] {
+        let (code, message) = failure(&[&args[..], with].concat());
+        assert_eq!(code, 2, "{message}");
+        assert!(message.contains(what), "{message}");
+    }
+    let (code, message) = failure(&[&args[..], &["--grammar", "no-such-file"]].concat());
+    assert!(code == 1 && message.contains("no-such-file"), "{message}");
+}

@@ -10,10 +10,12 @@ mod table_model;
 
 use std::sync::Arc;
 
-use mtad::decode::{Block, CostTable, Decoding, Models, Phase, Settings, Strategy, Vocabulary};
+use mtad::decode::{
+    Block, CostTable, Decoding, Models, Origin, Phase, Settings, Strategy, Vocabulary,
+};
 use mtad::lm::table::TableLm;
 use mtad::lm::{Batch, Lm, MAX_TREE, Outputs, Row, Token};
-use mtad::sampling::{Rng, Score, Warp};
+use mtad::sampling::{Constraint, Mask, Matcher, Rng, Score, Warp};
 use mtad::{Error, Result};
 
 /// The strategies that draft in one way, whose text at temperature 0 is the greedy one.
@@ -194,6 +196,11 @@ fn random_warp(rng: &mut Rng) -> Warp {
 
 /// The warped probabilities of what follows `path`, by their definition.
 fn probabilities(lm: &TableLm, warp: &Warp, path: &[Token]) -> Vec<f64> {
+    held(lm, warp, path, |_| true)
+}
+
+/// The same where only some tokens may follow.
+fn held(lm: &TableLm, warp: &Warp, path: &[Token], may: impl Fn(Token) -> bool) -> Vec<f64> {
     let mut logits: Vec<f64> =
         lm.logits_after(*path.last().unwrap()).iter().map(|&x| f64::from(x)).collect();
     let recent = &path[path.len().saturating_sub(warp.repeat_last_n)..];
@@ -206,7 +213,7 @@ fn probabilities(lm: &TableLm, warp: &Warp, path: &[Token]) -> Vec<f64> {
             *x -= count as f64 * f64::from(warp.frequency_penalty);
         }
     }
-    let mut order: Vec<usize> = (0..logits.len()).collect();
+    let mut order: Vec<usize> = (0..logits.len()).filter(|&t| may(t as Token)).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     let mut p = vec![0.0; logits.len()];
     if warp.temperature == 0.0 {
@@ -500,7 +507,8 @@ fn every_accepted_block_clears_the_threshold_and_no_longer_one_would() {
             if let Some(log_ratio) = block.log_ratio() {
                 assert!(log_ratio > settings.tau.ln());
             }
-            assert!(block.is_drafted(0) == (accepted > 0) && !block.is_drafted(accepted));
+            assert_eq!(block.origin(0) == Origin::Draft, accepted > 0);
+            assert_eq!(block.origin(accepted), Origin::Target);
 
             // What is emitted has probability, also after an accepted block, and is scored.
             path = before;
@@ -915,6 +923,7 @@ fn random_settings(strategy: Strategy, rng: &mut Rng) -> Settings {
         delta: one_of(&[0.0, 0.3, 1.0]),
         costs: cheap_draft(),
         warp: random_warp(rng),
+        constraint: None,
         seed: u64::from(rng.below(1000)),
         score: true,
         alternatives,
@@ -960,7 +969,7 @@ fn what_is_emitted_was_kept_has_probability_and_is_scored() {
                 for (i, (&token, score)) in block.tokens.iter().zip(&block.scores).enumerate() {
                     let p = probabilities(&pair.target.inner, &warp, &path)[token as usize];
                     assert!(p > 0.0, "{settings:?}");
-                    log_p += if block.is_drafted(i) { p.ln() } else { 0.0 };
+                    log_p += if (block.origin(i) == Origin::Draft) { p.ln() } else { 0.0 };
                     check_score(score, token, &pair.target.inner, &path, settings.alternatives);
                     path.push(token);
                 }
@@ -1386,4 +1395,330 @@ fn the_controller_decides_by_counts_alone() {
     assert_eq!(decoding.settings().costs.as_deref(), Some(&*measured));
     assert_eq!(pair.target.passes.len(), passes);
     assert!(decoding.plain_seconds(&mut pair.models()).unwrap().unwrap() > 0.0);
+}
+
+/// A language of which each token says what may follow it.
+#[derive(Debug, Clone)]
+struct Follows {
+    /// What may follow each token.
+    after: Vec<Vec<Token>>,
+    /// The token before the text.
+    first: Token,
+    end: Option<Token>,
+}
+
+struct At {
+    language: Follows,
+    tokens: Vec<Token>,
+}
+
+impl Constraint for Follows {
+    fn matcher(&self) -> Result<Box<dyn Matcher>> {
+        Ok(Box::new(At { language: self.clone(), tokens: vec![self.first] }))
+    }
+
+    fn is_end(&self, token: Token) -> bool {
+        self.end == Some(token)
+    }
+}
+
+impl Matcher for At {
+    fn advance(&mut self, token: Token) -> Result<()> {
+        let last = self.tokens[self.tokens.len() - 1];
+        if !self.language.after[last as usize].contains(&token) {
+            return Err(Error::Grammar(format!("{token} may not follow {last}")));
+        }
+        self.tokens.push(token);
+        Ok(())
+    }
+
+    fn retreat(&mut self, tokens: usize) -> Result<()> {
+        self.tokens.truncate(self.tokens.len() - tokens);
+        Ok(())
+    }
+
+    fn allow(&mut self, mask: &mut Mask) -> Result<()> {
+        let last = self.tokens[self.tokens.len() - 1];
+        self.language.after[last as usize].iter().for_each(|&token| mask.allow(token));
+        Ok(())
+    }
+}
+
+impl Follows {
+    /// Half of the tokens after most tokens; after some, one. `first` stands before the text.
+    fn random(vocab: usize, first: Token, rng: &mut Rng) -> Self {
+        let mut after: Vec<Vec<Token>> = (0..vocab)
+            .map(|i| match i % 4 {
+                3 => vec![],
+                _ => (0..vocab as Token).filter(|_| rng.below(2) == 0).collect(),
+            })
+            .collect();
+        for tokens in &mut after {
+            if tokens.is_empty() {
+                tokens.push(rng.below(vocab as u32));
+            }
+        }
+        // All can be reached.
+        for token in 0..vocab {
+            let next = ((token + 1) % vocab) as Token;
+            if token % 4 != 3 && !after[token].contains(&next) {
+                after[token].push(next);
+            }
+        }
+        Follows { after, first, end: None }
+    }
+
+    fn may(&self, last: Token) -> impl Fn(Token) -> bool + '_ {
+        move |token| self.after[last as usize].contains(&token)
+    }
+
+    fn holds(&self, text: &[Token]) -> bool {
+        let before = std::iter::once(&self.first).chain(text);
+        before.zip(text).all(|(&last, &token)| self.may(last)(token))
+    }
+}
+
+/// The lossless strategies.
+fn lossless() -> Vec<Settings> {
+    let chain = |strategy, gamma| Settings { strategy, gamma, ..Settings::default() };
+    let tree = |branching: &[usize], with_replacement| Settings {
+        branching: branching.to_vec(),
+        with_replacement,
+        ..chain(Strategy::SpecInfer, 4)
+    };
+    vec![
+        chain(Strategy::Sample, 1),
+        chain(Strategy::Speculative, 1),
+        chain(Strategy::Speculative, 4),
+        tree(&[4, 2, 2], false),
+        tree(&[4, 2, 2], true),
+        Settings { beam_width: 1, ..chain(Strategy::Dsbd, 4) },
+    ]
+}
+
+#[test]
+fn text_that_is_held_has_the_target_s_distribution_over_what_may_follow() {
+    let mut rng = Rng::new(41);
+    for settings in lossless() {
+        for (top_k, top_p, temperature) in [(0, 1.0, 1.0), (3, 1.0, 0.8), (0, 0.8, 1.4)] {
+            let vocab = 8;
+            let mut pair = Pair::random(vocab, &mut rng);
+            let language = Follows::random(vocab, 0, &mut rng);
+            let warp = Warp { top_k, top_p, temperature, ..Warp::default() };
+            let constraint: Option<Arc<dyn Constraint>> = Some(Arc::new(language.clone()));
+            let settings = Settings { warp, seed: 5, constraint, ..settings.clone() };
+            let text = pair.decode(&settings, &[0], 40_000);
+            assert!(language.holds(&text));
+            for n in [2, 3] {
+                let mut counts = vec![vec![0.0; vocab]; vocab.pow(n - 1)];
+                for gram in text.windows(n as usize) {
+                    let (next, context) = gram.split_last().unwrap();
+                    let context = context.iter().fold(0, |i, &t| i * vocab + t as usize);
+                    counts[context][*next as usize] += 1.0;
+                }
+                let mut chi = ChiSquare::default();
+                for (context, counts) in counts.iter().enumerate() {
+                    let last = (context % vocab) as Token;
+                    let p = held(&pair.target.inner, &warp, &[last], language.may(last));
+                    chi.add(counts, &p);
+                }
+                println!("{} {warp:?} {n}-grams: {:+.2}", settings.strategy, chi.z());
+                assert!(chi.z() < 4.5, "{} {warp:?}: {}", settings.strategy, chi.z());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_draft_without_the_tokens_that_may_follow_drafts_less() {
+    let mut rng = Rng::new(42);
+    let rest = [Strategy::Mtad, Strategy::Mmtad, Strategy::Bild, Strategy::Typical, Strategy::Auto];
+    let lossy = rest.map(|strategy| Settings { strategy, ..Settings::default() });
+    for (exact, settings) in
+        lossless().into_iter().map(|s| (true, s)).chain(lossy.map(|s| (false, s)))
+    {
+        for (pair, vocabulary) in unlike(&mut rng) {
+            // The draft has the first five alone.
+            let after = [&[5, 6, 7][..], &[0, 6], &[1, 3, 7], &[7], &[0, 1, 2, 3, 4, 5, 6, 7]];
+            let after = after.into_iter().chain([&[1, 2][..], &[4, 5, 6], &[0, 3, 4, 5]]);
+            let after: Vec<Vec<Token>> = after.map(<[Token]>::to_vec).collect();
+            let language = Follows { after, first: 0, end: None };
+            for temperature in [1.0, 0.0] {
+                let constraint: Option<Arc<dyn Constraint>> = Some(Arc::new(language.clone()));
+                let warp = Warp { temperature, ..Warp::default() };
+                let costs = cheap_draft();
+                let settings = Settings { warp, constraint, costs, seed: 6, ..settings.clone() };
+                let tokens = if exact { 20_000 } else { 500 };
+                let text = decode_unlike(&mut pair.fresh(), vocabulary, &settings, tokens);
+                assert!(language.holds(&text), "{}", settings.strategy);
+                let mut counts = vec![vec![0.0; 8]; 8];
+                text.windows(2).for_each(|two| counts[two[0] as usize][two[1] as usize] += 1.0);
+                let mut chi = ChiSquare::default();
+                for (last, counts) in (0..).zip(&counts) {
+                    let p = held(&pair.target.inner, &warp, &[last], language.may(last));
+                    if exact || temperature == 0.0 {
+                        chi.add(counts, &p);
+                    }
+                }
+                assert!(chi.z() < 4.5, "{} {warp:?}: {}", settings.strategy, chi.z());
+            }
+        }
+    }
+}
+
+#[test]
+fn held_blocks_clear_the_threshold_under_held_distributions() {
+    let mut rng = Rng::new(43);
+    let mut blocks = 0;
+    for case in 0..200 {
+        let vocab = 4 + rng.below(16) as usize;
+        let mut pair = Pair::random(vocab, &mut rng);
+        let language = Follows::random(vocab, 1, &mut rng);
+        let settings = Settings {
+            strategy: Strategy::Mtad,
+            gamma: 1 + rng.below(6) as usize,
+            beam_width: 1 + rng.below(8) as usize,
+            tau: [0.0, 0.01, 0.3, 0.9, 2.0][rng.below(5) as usize],
+            with_replacement: rng.below(2) == 0,
+            warp: Warp { repeat_penalty: 1.0, ..random_warp(&mut rng) },
+            constraint: Some(Arc::new(language.clone())),
+            seed: case,
+            ..Settings::default()
+        };
+        let greedy = settings.warp.temperature == 0.0;
+        let q_warp = if greedy { Warp::default() } else { settings.warp };
+        let mut decoding = Decoding::new(settings.clone()).unwrap();
+        decoding.start(&mut pair.models(), &[0, 1]).unwrap();
+        for _ in 0..40 {
+            let mut path = decoding.text().to_vec();
+            let passes = pair.target.passes.len();
+            let block = decoding.next_block(&mut pair.models()).unwrap().unwrap().clone();
+            assert_eq!(pair.target.passes.len() - passes, usize::from(block.forced == 0));
+            let (mut log_p, mut log_q) = (0.0, 0.0);
+            for (i, &token) in block.tokens.iter().enumerate() {
+                let last = path[path.len() - 1];
+                let p = held(&pair.target.inner, &settings.warp, &path, language.may(last));
+                let q = held(&pair.draft.inner, &q_warp, &path, language.may(last));
+                assert!(p[token as usize] > 0.0, "{settings:?}");
+                if block.origin(i) == Origin::Draft {
+                    log_p += p[token as usize].ln();
+                    log_q += q[token as usize].ln();
+                }
+                if block.forced > 0 {
+                    assert_eq!(p[token as usize], 1.0);
+                    assert_eq!(language.after[last as usize], [token]);
+                }
+                path.push(token);
+            }
+            assert!((block.log_p - log_p).abs() < 1e-5 && (block.log_q - log_q).abs() < 1e-5);
+            assert!(block.accepted == 0 || log_p - log_q > settings.tau.ln() - 1e-5);
+            blocks += usize::from(block.accepted > 0);
+        }
+        let statistics = decoding.statistics();
+        let made = statistics.rounds() + statistics.accepted() + statistics.forced;
+        assert_eq!(statistics.emitted, made);
+        assert!(statistics.forced > 0 || language.after.iter().all(|after| after.len() > 1));
+    }
+    assert!(blocks > 2000, "{blocks}");
+}
+
+#[test]
+fn at_temperature_0_held_text_is_the_greedy_one_of_what_may_follow() {
+    let mut rng = Rng::new(44);
+    for case in 0..60 {
+        let vocab = 2 + rng.below(30) as usize;
+        let mut pair = Pair::random(vocab, &mut rng);
+        let language = Follows::random(vocab, 1, &mut rng);
+        let warp = Warp { temperature: 0.0, ..random_warp(&mut rng) };
+        let mut path = vec![0, 1];
+        for _ in 0..60 {
+            let last = path[path.len() - 1];
+            let p = held(&pair.target.inner, &warp, &path, language.may(last));
+            path.push(p.iter().position(|&p| p == 1.0).unwrap() as Token);
+        }
+        for strategy in greedy_at_0() {
+            let settings = Settings {
+                strategy,
+                warp,
+                seed: case,
+                costs: cheap_draft(),
+                constraint: Some(Arc::new(language.clone())),
+                score: rng.below(2) == 0,
+                ..Settings::default()
+            };
+            let text = pair.decode(&settings, &[0, 1], 60);
+            assert_eq!(text, path[2..], "{strategy} {warp:?}");
+        }
+    }
+}
+
+#[test]
+fn forced_tokens_are_evaluated_with_the_next_round() {
+    let mut rng = Rng::new(45);
+    for strategy in all().filter(|&strategy| strategy != Strategy::Beam) {
+        let mut pair = Pair::random(8, &mut rng);
+        // 0 to 6 in their order, then any of two, and 7 ends.
+        let mut after: Vec<Vec<Token>> = (1..7).map(|next| vec![next]).collect();
+        after.extend([vec![0, 7], vec![]]);
+        let language = Follows { after, first: 0, end: Some(7) };
+        let settings = Settings {
+            strategy,
+            costs: cheap_draft(),
+            constraint: Some(Arc::new(language)),
+            gamma: 1,
+            branching: vec![2],
+            ..Settings::default()
+        };
+        let mut decoding = Decoding::new(settings).unwrap();
+        decoding.start(&mut pair.models(), &[3, 0]).unwrap();
+        let passes = pair.target.passes.len();
+        while !decoding.generated().contains(&7) && decoding.generated().len() < 500 {
+            decoding.next_block(&mut pair.models()).unwrap().unwrap();
+            pair.assert_lines_are_prefixes(decoding.text());
+        }
+        let statistics = decoding.statistics();
+        let rounds = pair.target.passes.len() - passes;
+        if !matches!(strategy, Strategy::Mtjd) {
+            assert_eq!(rounds as u64, statistics.rounds(), "{strategy}");
+        }
+        assert!(statistics.forced >= 6, "{strategy}");
+        // The end is not forced again and again.
+        let len = decoding.text().len();
+        if decoding.generated().contains(&7) {
+            let block = decoding.next_block(&mut pair.models()).unwrap().unwrap();
+            assert_eq!(block.forced, 0, "{strategy}");
+            assert!(block.tokens.iter().all(|&token| token == 7), "{strategy}");
+            decoding.truncate_text(&mut pair.models(), len).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_language_without_a_way_on_is_an_error_and_not_the_end_of_the_session() {
+    let mut rng = Rng::new(46);
+    for strategy in all() {
+        let mut pair = Pair::random(4, &mut rng);
+        let after = vec![vec![1, 2], vec![0, 2], vec![], vec![0]];
+        let language = Arc::new(Follows { after, first: 0, end: None });
+        let constraint: Option<Arc<dyn Constraint>> = Some(language);
+        let costs = cheap_draft();
+        let settings = Settings { strategy, costs, constraint, ..Settings::default() };
+        let mut decoding = Decoding::new(settings.clone()).unwrap();
+        decoding.start(&mut pair.models(), &[0]).unwrap();
+        let error = loop {
+            match decoding.next_block(&mut pair.models()) {
+                Ok(block) => drop(block.unwrap()),
+                Err(error) => break error,
+            }
+            assert!(decoding.text().len() < 2000, "{strategy}");
+        };
+        assert!(matches!(error, Error::Grammar(_)), "{strategy}: {error}");
+        pair.assert_lines_are_prefixes(decoding.text());
+        let settings = Settings { constraint: None, ..settings };
+        decoding.configure(settings).unwrap();
+        decoding.resume(&mut pair.models()).unwrap();
+        for _ in 0..10 {
+            decoding.next_block(&mut pair.models()).unwrap().unwrap();
+        }
+    }
 }

@@ -21,6 +21,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("engine", &["error", "gguf", "graph", "models", "exec", "lm"]),
     ("sampling", &["error", "lm"]),
     ("decode", &["error", "lm", "sampling"]),
+    ("grammar", &["error", "lm", "sampling", "tokenizer"]),
     ("energy", &["error"]),
 ];
 

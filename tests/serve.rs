@@ -563,3 +563,101 @@ fn what_was_evaluated_once_is_known() {
         assert_eq!(ask(&forgetful, &longer, strategy).0, next);
     }
 }
+
+#[test]
+fn texts_have_the_form_that_was_asked_for() {
+    let server = Server::start(&[]);
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "animal": {"enum": ["dog", "cat", "bird"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 20},
+            "friends": {"type": "array", "items": {"enum": ["Tom", "Lily"]}, "maxItems": 2},
+        },
+        "required": ["animal", "age", "friends"],
+        "additionalProperties": false,
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}});
+    for strategy in
+        ["greedy", "sample", "speculative", "mtad", "mmtad", "specinfer", "beam", "dsbd"]
+    {
+        let mut body = json!({
+            "prompt": "Lily had a pet:", "strategy": strategy, "seed": 5, "max_tokens": 200,
+            "response_format": format, "mtad_tokens": true,
+        });
+        let (status, answer) = server.post("/v1/completions", &body);
+        assert_eq!(status, 200, "{answer}");
+        let pet: Value =
+            serde_json::from_str(text_of(&answer)).unwrap_or_else(|_| panic!("{answer}"));
+        assert!(["dog", "cat", "bird"].contains(&pet["animal"].as_str().unwrap()), "{pet}");
+        assert!(
+            pet["age"].as_u64().unwrap() <= 20 && pet["friends"].as_array().unwrap().len() <= 2
+        );
+        assert_eq!(
+            (pet.as_object().unwrap().len(), &answer["choices"][0]["finish_reason"]),
+            (3, &"stop".into())
+        );
+        // The same as a stream.
+        body["stream"] = true.into();
+        let chunks = server.stream("/v1/completions", &body);
+        let text: String = chunks.iter().filter_map(|c| c["choices"][0]["text"].as_str()).collect();
+        assert_eq!(text, text_of(&answer), "{strategy}");
+    }
+
+    let any = json!({"prompt": "A list:", "response_format": {"type": "json_object"}, "max_tokens": 300, "seed": 2});
+    let (_, answer) = server.post("/v1/completions", &any);
+    if answer["choices"][0]["finish_reason"] == "stop" {
+        assert!(serde_json::from_str::<Value>(text_of(&answer)).unwrap().is_object(), "{answer}");
+    }
+    for grammar in ["root ::= \"!\" (\"yes\" | \"no\")", "start: \"!\" (\"yes\" | \"no\")"] {
+        let body = json!({
+            "prompt": "Is it so?", "grammar": grammar, "max_tokens": 20, "mtad_tokens": true,
+        });
+        let (status, answer) = server.post("/v1/completions", &body);
+        assert_eq!(status, 200, "{answer}");
+        assert!(["!yes", "!no"].contains(&text_of(&answer)), "{answer}");
+        // What alone can follow comes without a pass.
+        let first = &answer["mtad"]["tokens"][0];
+        assert_eq!((&first["text"], &first["origin"]), (&"!".into(), &"forced".into()), "{answer}");
+        assert_eq!(
+            (&first["log_ratio"], &first["log_prob"]),
+            (&Value::Null, &Value::Null),
+            "{answer}"
+        );
+    }
+
+    let tool = |name: &str| {
+        json!({"type": "function", "function": {
+            "name": name, "parameters": {
+                "type": "object", "properties": {"place": {"enum": ["park", "house"]}},
+                "required": ["place"], "additionalProperties": false,
+            },
+        }})
+    };
+    let ask = |choice: Value, stream: bool| {
+        json!({
+            "messages": [{"role": "user", "content": "Where is the dog?"}], "max_tokens": 200, "seed": 1,
+            "tools": [tool("find"), tool("call")], "tool_choice": choice, "stream": stream,
+        })
+    };
+    let named = json!({"type": "function", "function": {"name": "call"}});
+    for (choice, names) in [(json!("required"), &["find", "call"][..]), (named, &["call"])] {
+        let (status, answer) = server.post("/v1/chat/completions", &ask(choice.clone(), false));
+        assert_eq!(status, 200, "{answer}");
+        let choice_made = &answer["choices"][0];
+        assert_eq!(choice_made["finish_reason"], "tool_calls", "{answer}");
+        assert_eq!(choice_made["message"]["content"], Value::Null);
+        let function = &choice_made["message"]["tool_calls"][0]["function"];
+        assert!(names.contains(&function["name"].as_str().unwrap()), "{answer}");
+        let arguments: Value =
+            serde_json::from_str(function["arguments"].as_str().unwrap()).unwrap();
+        assert!(["park", "house"].contains(&arguments["place"].as_str().unwrap()));
+        let chunks = server.stream("/v1/chat/completions", &ask(choice, true));
+        let calls: Vec<_> = chunks
+            .iter()
+            .filter_map(|c| c["choices"][0]["delta"]["tool_calls"].as_array())
+            .collect();
+        assert_eq!((calls.len(), &calls[0][0]["function"]), (1, function), "{chunks:?}");
+        assert_eq!(calls[0][0]["index"], 0);
+    }
+}

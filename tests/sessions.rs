@@ -48,13 +48,13 @@ fn file(name: &str) -> PathBuf {
 #[derive(Debug, Default, PartialEq)]
 struct Told {
     text: String,
-    tokens: Vec<(u32, bool, Option<f64>)>,
+    tokens: Vec<(u32, mtad::Origin, Option<f64>)>,
 }
 
 impl Told {
     fn hear(&mut self, piece: Piece) {
         self.text.push_str(&piece.text);
-        self.tokens.extend(piece.token.map(|token| (token, piece.drafted, piece.log_prob)));
+        self.tokens.extend(piece.token.map(|token| (token, piece.origin, piece.log_prob)));
     }
 }
 

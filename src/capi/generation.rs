@@ -10,7 +10,7 @@ use super::status::mtad_status::*;
 use super::status::{Failure, Fate, Outcome, call, mtad_status, on, report};
 use super::types::mtad_stop::*;
 use super::types::*;
-use crate::decode::{Phase, Settings, Strategy};
+use crate::decode::{Origin, Phase, Settings, Strategy};
 use crate::sampling::Warp;
 use crate::session::generation::{Generation, Piece, Request, Session, StopReason};
 
@@ -40,7 +40,7 @@ impl Told {
         self.text.push(0);
         let flags = [
             (piece.token.is_some(), MTAD_TOKEN_HAS_ID),
-            (piece.drafted, MTAD_TOKEN_DRAFTED),
+            (piece.origin == Origin::Draft, MTAD_TOKEN_DRAFTED),
             (piece.log_prob.is_some(), MTAD_TOKEN_SCORED),
         ];
         mtad_token {

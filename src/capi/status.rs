@@ -79,7 +79,7 @@ impl From<Error> for Failure {
             Error::Invalid(_) | Error::Quantized { .. } => MTAD_ERROR_INVALID,
             Error::Vocabulary(_) => MTAD_ERROR_VOCABULARY,
             // Nothing of C renders templates so far.
-            Error::Template(_) => MTAD_ERROR_INVALID,
+            Error::Template(_) | Error::Grammar(_) => MTAD_ERROR_INVALID,
             Error::ContextFull { .. } => MTAD_ERROR_CONTEXT,
             Error::Device { .. } | Error::DeviceLost { .. } => MTAD_ERROR_DEVICE,
             Error::Memory { .. } => MTAD_ERROR_MEMORY,

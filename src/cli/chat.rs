@@ -10,7 +10,7 @@ use super::console::{Text, tell};
 use super::run::RunArgs;
 use super::{interrupts, print_line, print_notes, read_text, template};
 use crate::chat::{Chat, Inputs};
-use crate::decode::Phase;
+use crate::decode::{Origin, Phase};
 use crate::error::{Error, Result};
 use crate::sampling::Warp;
 use crate::session::generation::{Request, Session, StopReason, clock_seed};
@@ -130,13 +130,14 @@ pub(super) fn chat(args: &ChatArgs) -> Result<()> {
     args.check()?;
     let strategy = args.run.strategy();
     let seed = args.run.seed.unwrap_or_else(clock_seed);
-    let request = args.run.request(strategy, seed, args.run.costs()?, &interrupts::flag());
+    let mut request = args.run.request(strategy, seed, args.run.costs()?, &interrupts::flag());
     request.validate()?;
     let first = match (&args.run.prompt, &args.run.file) {
         (None, None) => None,
         (prompt, file) => Some(read_text(prompt.as_deref(), file.as_ref(), "turn")?),
     };
     let pair = args.run.load(strategy)?;
+    request.settings.constraint = args.run.constraint(&pair)?;
     print_notes(pair.take_notes());
     let chat = args.frame.chat(&pair)?;
     let inputs = args.frame.inputs(&chat)?;
@@ -199,8 +200,8 @@ impl Talk<'_> {
             if part.is_empty() {
                 continue;
             }
-            if coloured && piece.drafted != is_drafted {
-                is_drafted = piece.drafted;
+            if coloured && (piece.origin == Origin::Draft) != is_drafted {
+                is_drafted = !is_drafted;
                 out.control(if is_drafted { colour::DRAFTED } else { colour::PLAIN })?;
             }
             if !json {

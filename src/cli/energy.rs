@@ -122,11 +122,13 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
     let pair = metering.load(|| args.run.load(*drafting))?;
     pair.on_note(note_listener());
     csv.as_ref().map_or(Ok(()), |csv| csv.is_none_of(pair.files()))?;
+    let constraint = args.run.constraint(&pair)?;
     let options = args.run.session_options();
     // What was measured until an interrupt is reported.
     let _finishing = Finishing::first();
     for &strategy in &strategies {
         let mut warm_up = request(strategy, 0);
+        warm_up.settings.constraint.clone_from(&constraint);
         warm_up.max_tokens = warm_up.max_tokens.map(|n| n.min(32));
         generate(&pair, &options, &prompts[0], &warm_up, &Metering::off())?;
     }
@@ -137,7 +139,8 @@ pub(super) fn energy(args: &EnergyArgs) -> Result<()> {
             // Who begins changes, so that nobody always comes after the same other.
             let shift = repeat as usize + prompt;
             for strategy in (0..strategies.len()).map(|i| (i + shift) % strategies.len()) {
-                let request = request(strategies[strategy], repeat);
+                let mut request = request(strategies[strategy], repeat);
+                request.settings.constraint.clone_from(&constraint);
                 let work = generate(&pair, &options, text, &request, &metering)?;
                 if cancel.load(Ordering::Relaxed) {
                     tell!("mtad: interrupted; what was measured so far is reported");

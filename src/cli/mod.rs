@@ -12,6 +12,8 @@ mod cost_tables;
 mod devices;
 mod energy;
 mod eval;
+#[cfg(feature = "grammar")]
+mod grammar;
 mod inspect;
 mod interrupts;
 mod logits;
@@ -97,7 +99,9 @@ pub fn main() -> ExitCode {
         Err(error) => {
             tell!("mtad: {error}{}", hint(&error));
             match error {
-                Error::Invalid(_) | Error::Quantized { .. } => ExitCode::from(2),
+                Error::Invalid(_) | Error::Quantized { .. } | Error::Grammar(_) => {
+                    ExitCode::from(2)
+                }
                 _ => ExitCode::FAILURE,
             }
         }
@@ -164,6 +168,7 @@ fn hint(error: &Error) -> &'static str {
 fn of_option(option: &str) -> impl Fn(Error) -> Error {
     move |error| match error {
         Error::Invalid(what) => Error::Invalid(format!("{option}: {what}")),
+        Error::Grammar(what) => Error::Grammar(format!("{option}: {what}")),
         error => error,
     }
 }

@@ -20,7 +20,7 @@ use crate::decode::{Choice, CostTable, Phase, Settings, Strategy};
 use crate::engine::CacheType;
 use crate::engine::{Device, SessionOptions};
 use crate::error::{Error, Result};
-use crate::sampling::Warp;
+use crate::sampling::{Constraint, Warp};
 use crate::session::generation::{Generation, Request, StopReason, clock_seed};
 use crate::session::pair::{LoadOptions, Pair};
 
@@ -133,6 +133,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 
+    #[cfg(feature = "grammar")]
+    #[command(flatten)]
+    grammar: super::grammar::GrammarArgs,
+
     /// Take names of control tokens in the prompt, such as </s>, for those tokens
     #[arg(long)]
     pub(super) special: bool,
@@ -244,6 +248,7 @@ impl RunArgs {
                     frequency_penalty: self.frequency_penalty,
                     ..Warp::default()
                 },
+                constraint: None,
                 seed,
                 score: self.score,
                 alternatives: 0,
@@ -265,7 +270,21 @@ impl RunArgs {
     /// The files that are read.
     pub(super) fn inputs(&self) -> impl Iterator<Item = &Path> {
         let files = [&self.file, &self.model, &self.draft, &self.cost_table];
-        files.into_iter().filter_map(|file| file.as_deref())
+        let files = files.into_iter().filter_map(|file| file.as_deref());
+        #[cfg(feature = "grammar")]
+        let files = files.chain(self.grammar.inputs());
+        files
+    }
+
+    /// What the text is held to, if anything, in the pair's tokens.
+    pub(super) fn constraint(&self, pair: &Pair) -> Result<Option<Arc<dyn Constraint>>> {
+        #[cfg(feature = "grammar")]
+        return self.grammar.constraint(pair.tokenizer());
+        #[cfg(not(feature = "grammar"))]
+        {
+            _ = pair;
+            Ok(None)
+        }
     }
 
     /// Loads the pair, without a draft where the strategy has no use for one.
@@ -316,6 +335,7 @@ pub(super) fn run(command: &RunCommand) -> Result<()> {
     let prompt = read_text(args.prompt.as_deref(), args.file.as_ref(), "prompt")?;
     let mut metering = args.meters.start(None)?;
     let pair = metering.load(|| args.load(strategy))?;
+    request.settings.constraint = args.constraint(&pair)?;
     let mut kept_costs = None;
     if strategy == Strategy::Auto && request.settings.costs.is_none() {
         request.settings.costs = kept_costs.insert(cost_tables::Kept::of(&pair)).load();
@@ -455,6 +475,7 @@ impl Report<'_> {
             "prompt_tokens_reused": g.prefill().reused,
             "strategy": self.strategy.to_string(),
             "rounds": s.rounds(),
+            "forced": s.forced,
             "drafted": s.drafted(),
             "accepted": s.accepted(),
             "acceptance_rate": s.acceptance_rate(),
@@ -584,6 +605,9 @@ impl Report<'_> {
             let depths = s.acceptance_by_depth();
             let depths: Vec<_> = depths.iter().map(|a| format!("{:.0}%", 100.0 * a)).collect();
             tell!("  by depth        {}", depths.join(" "));
+        }
+        if s.forced > 0 {
+            tell!("forced            {} by the grammar, without a pass", s.forced);
         }
         tell!("block efficiency  {:.3} tokens per target pass", s.block_efficiency());
         if let Some(ratio) = s.min_ratio() {

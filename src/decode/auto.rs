@@ -167,6 +167,7 @@ impl Algorithm for Auto {
         let mut inner = Round {
             models: round.models.reborrow(),
             text: round.text,
+            guide: round.guide,
             settings: &self.settings,
             gamma: choice.gamma,
             rng: round.rng,

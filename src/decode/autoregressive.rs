@@ -3,9 +3,9 @@
 //! The baseline of every comparison, and what other strategies fall back to when the context has
 //! no room for a draft.
 
-use super::{Algorithm, Block, Descriptor, Kept, Round, verify_chain};
+use super::{Algorithm, Block, Descriptor, Kept, Round, fill_target, verify_chain};
 use crate::error::Result;
-use crate::sampling::{Distribution, Path};
+use crate::sampling::Distribution;
 
 /// What it says of itself.
 pub(super) const SAMPLE: Descriptor = Descriptor {
@@ -37,10 +37,10 @@ pub struct Autoregressive {
 
 impl Algorithm for Autoregressive {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
-        let (vocab, warp, text) = (round.models.vocab(), &round.settings.warp, round.text);
+        let (vocab, warp, path) = (round.models.vocab(), &round.settings.warp, round.path());
         let target = &mut *round.models.target;
-        let rows = verify_chain(target, round.timeline, round.settings, vocab, text, &[])?;
-        self.p.fill(rows.get(0), vocab, warp, Path { text, branch: &[] })?;
+        let rows = verify_chain(target, round.timeline, round.settings, vocab, path, &[])?;
+        fill_target(&mut self.p, rows.get(0), vocab, warp, path)?;
         block.tokens.push(self.p.draw(round.rng));
         rows.score(block, 0.., vocab, round.settings);
         Ok(Kept { target: Some(rows.row(0)), draft: None })

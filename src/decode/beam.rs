@@ -33,7 +33,7 @@ pub struct BeamDecoding {
 
 impl Algorithm for BeamDecoding {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
-        let (text, vocab) = (round.text, round.models.vocab());
+        let (path, text, vocab) = (round.path(), round.text, round.models.vocab());
         let how = Sampling::of_target(round.settings);
         round.timeline.enter(Phase::Verify);
         let target = &mut *round.models.target;
@@ -43,7 +43,10 @@ impl Algorithm for BeamDecoding {
         // After an error the beams are not those of any text.
         self.text.clear();
         let most_ahead = (MAX_TREE / 2 / how.width).max(1);
-        self.beams.begin(target, text, vocab, 0, &how, round.rng)?;
+        let begun = self.beams.begin(target, path, vocab, 0, &how, round.rng)?;
+        if let (false, Some(guide)) = (begun, round.guide) {
+            return Err(guide.refusal());
+        }
         let emitted = loop {
             let best = self.beams.path(self.beams.best().node);
             // The newest nodes would be evaluated at the position of the last of `best`.
@@ -58,7 +61,10 @@ impl Algorithm for BeamDecoding {
             if best.len() >= most_ahead || rows > MAX_TREE {
                 break best[..1].to_vec();
             }
-            self.beams.extend(target, text, vocab, &how, round.rng)?;
+            if !self.beams.extend(target, path, vocab, &how, round.rng)? {
+                // No beam can go on, which the next round finds too if it is so for the text.
+                break best[..1].to_vec();
+            }
         };
 
         round.timeline.enter(Phase::Sample);

@@ -96,6 +96,8 @@ pub(super) struct Beams {
     first: usize,
     /// The pending token's row in the model's tree. Nodes lie behind it in their order.
     pending: u32,
+    /// The first steps whose nodes were evaluated.
+    evaluated: usize,
     branch: Vec<Token>,
 }
 
@@ -104,60 +106,63 @@ impl Beams {
     pub fn reset(&mut self) {
         self.nodes.clear();
         self.steps.clear();
+        self.evaluated = 0;
         self.live.clear();
         self.live.push(Beam { node: None, weight: 1.0 });
     }
 
-    /// Samples beams of `depth` tokens after the text. All steps but the last are evaluated.
+    /// Samples beams of `depth` tokens after the text, or of as many as the model can go on with.
+    /// All steps but the last are evaluated. Returns how many there are.
     pub fn sample(
         &mut self,
         lm: &mut dyn Lm,
-        text: &[Token],
+        start: Path<'_>,
         vocab: usize,
         depth: usize,
         how: &Sampling,
         rng: &mut Rng,
-    ) -> Result<()> {
+    ) -> Result<usize> {
         self.reset();
-        self.begin(lm, text, vocab, (depth - 1) * how.width, how, rng)?;
-        for _ in 1..depth {
-            self.extend(lm, text, vocab, how, rng)?;
+        let mut goes_on = self.begin(lm, start, vocab, (depth - 1) * how.width, how, rng)?;
+        while goes_on && self.steps.len() < depth {
+            goes_on = self.extend(lm, start, vocab, how, rng)?;
         }
-        Ok(())
+        Ok(self.steps.len())
     }
 
     /// Evaluates the pending token and all nodes there are in one pass and does a step. `later` is
-    /// how many rows later steps will add.
+    /// how many rows later steps will add. Returns false if no token of the model may follow any
+    /// beam: the beams are as before then.
     pub fn begin(
         &mut self,
         lm: &mut dyn Lm,
-        text: &[Token],
+        start: Path<'_>,
         vocab: usize,
         later: usize,
         how: &Sampling,
         rng: &mut Rng,
-    ) -> Result<()> {
-        let want = want(&how.warp, lm, vocab, how.largest(), how.scoring);
+    ) -> Result<bool> {
+        let want = want(&how.warp, lm, vocab, start, how.largest(), how.scoring);
         let nodes = self.nodes.iter().map(|node| (node.token, node.parent));
-        let rows = eval_after(lm, how.reader, text, nodes, later, want)?;
+        let rows = eval_after(lm, how.reader, start.text, nodes, later, want)?;
         self.pending = rows.row(0).0;
         self.first = 0;
         let first = self.pending as usize;
         let place = |beam: &Beam| first + beam.node.map_or(0, |node| node + 1);
         let places: Vec<usize> = self.live.iter().map(place).collect();
-        self.step(rows.outputs, &places, text, vocab, how, rng)
+        self.step(rows.outputs, &places, start, vocab, how, rng)
     }
 
-    /// Evaluates the newest nodes and does a step.
+    /// Evaluates the newest nodes and does a step. Returns false as [`Beams::begin`] does.
     pub fn extend(
         &mut self,
         lm: &mut dyn Lm,
-        text: &[Token],
+        start: Path<'_>,
         vocab: usize,
         how: &Sampling,
         rng: &mut Rng,
-    ) -> Result<()> {
-        let want = want(&how.warp, lm, vocab, how.largest(), how.scoring);
+    ) -> Result<bool> {
+        let want = want(&how.warp, lm, vocab, start, how.largest(), how.scoring);
         let mut batch = Batch::new();
         for beam in &self.live {
             let node = &self.nodes[beam.node.expect("an extended beam has a node")];
@@ -167,7 +172,9 @@ impl Beams {
             self.first = self.live[0].node.expect("an extended beam has a node") + 1;
         }
         let places: Vec<usize> = (0..self.live.len()).collect();
-        self.step(lm.eval(&batch)?, &places, text, vocab, how, rng)
+        let outputs = lm.eval(&batch)?;
+        self.evaluated = self.steps.len();
+        self.step(outputs, &places, start, vocab, how, rng)
     }
 
     /// Extends the live beams, of which the i-th has its output at `places[i]`.
@@ -175,36 +182,37 @@ impl Beams {
         &mut self,
         outputs: &Outputs,
         places: &[usize],
-        text: &[Token],
+        start: Path<'_>,
         vocab: usize,
         how: &Sampling,
         rng: &mut Rng,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let end = self.first + self.live.len();
         self.distributions.resize_with(end.max(self.distributions.len()), Distribution::default);
         let mut branch = std::mem::take(&mut self.branch);
         for (i, (beam, &place)) in self.live.iter().zip(places).enumerate() {
             self.tokens(beam.node, &mut branch);
-            let path = Path { text, branch: &branch };
+            let path = start.with(&branch);
             self.distributions[self.first + i].fill(outputs.get(place), vocab, &how.warp, path)?;
         }
         self.branch = branch;
         let old = self.nodes.len();
-        self.grow(how, rng);
+        if !self.grow(how, rng) {
+            return Ok(false);
+        }
         if let Some(alternatives) = how.scoring {
             for node in &mut self.nodes[old..] {
                 let output = outputs.get(places[node.source]);
                 node.score = score(output, node.token, vocab, alternatives);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Draws pairs of a beam and a token that follows it by weight x p(token | beam), as many as
     /// the width, or as have mass when drawing without replacement. Beam search takes the most
-    /// probable pairs.
-    fn grow(&mut self, how: &Sampling, rng: &mut Rng) {
-        self.steps.push(self.nodes.len());
+    /// probable pairs. Returns false, with the beams as they were, if no pair has mass.
+    fn grow(&mut self, how: &Sampling, rng: &mut Rng) -> bool {
         self.offers.clear();
         if how.search {
             let following = &self.distributions[self.first..];
@@ -219,6 +227,9 @@ impl Beams {
             let beam = self.live[source];
             let p = &mut self.distributions[self.first + source];
             let weight = beam.weight * p.prob(token);
+            if self.next.is_empty() {
+                self.steps.push(self.nodes.len());
+            }
             self.next.push(Beam { node: Some(self.nodes.len()), weight });
             let (parent, log_prob) = (beam.node, p.log_prob(token));
             self.nodes.push(Node {
@@ -241,11 +252,15 @@ impl Beams {
                 self.distributions[self.first + source].restore([removed]);
             }
         }
+        if self.next.is_empty() {
+            return false;
+        }
         std::mem::swap(&mut self.live, &mut self.next);
         self.normalize();
         for beam in &self.live {
             self.nodes[beam.node.expect("it was just given one")].weight = beam.weight;
         }
+        true
     }
 
     /// Makes the weights of the live beams sum to 1.
@@ -301,9 +316,9 @@ impl Beams {
     }
 
     /// The row to keep of a path of which the first `accepted` nodes are in the text: that of its
-    /// last node which was evaluated, and so is not of the last step.
+    /// last node which was evaluated, and so is mostly not of the last step.
     pub fn kept(&self, path: &[usize], accepted: usize) -> Row {
-        let evaluated = accepted.min(self.steps.len() - 1);
+        let evaluated = accepted.min(self.evaluated);
         self.row(path[..evaluated].last().copied())
     }
 
@@ -326,6 +341,9 @@ impl Beams {
 
 /// The most probable token that follows a beam, and the pair's probability; 0 if none is left.
 fn offer(beam: &Beam, p: &Distribution) -> (Token, f64) {
+    if p.mass() <= 0.0 {
+        return (0, 0.0);
+    }
     let token = p.argmax();
     (token, beam.weight * p.prob(token))
 }

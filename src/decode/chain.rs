@@ -2,10 +2,10 @@
 //! target: what speculative sampling, typical acceptance and BiLD share. They differ in the test
 //! that a token must pass.
 
-use super::{Block, Kept, Phase, Round, draft_of, eval_draft, verify_chain, want};
+use super::{Block, Kept, Phase, Round, draft_of, eval_draft, fill_target, verify_chain, want};
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Row, Token};
-use crate::sampling::{Distribution, Path, Rng};
+use crate::sampling::{Distribution, Rng};
 
 /// Drafted tokens and what they were drawn from.
 #[derive(Debug, Default)]
@@ -21,18 +21,18 @@ pub(super) struct Chain {
 
 impl Chain {
     /// Draws up to `round.gamma` tokens; at temperature 0 takes the most probable ones. Ends before
-    /// a token where no probability reaches `least`.
+    /// a token where no probability reaches `least`, or where nothing may follow that the draft has.
     fn draft(&mut self, round: &mut Round<'_>, least: f64) -> Result<()> {
-        let (text, gamma, vocab) = (round.text, round.gamma, round.models.shared());
+        let (path, gamma, vocab) = (round.path(), round.gamma, round.models.shared());
         let (warp, reader) = (&round.settings.warp, round.models.draft_reader());
         let q_warp = warp.for_draft();
         let draft = draft_of(&mut round.models, round.settings.strategy)?;
-        let want = want(&q_warp, draft, vocab, warp.is_greedy().then_some(1), None);
+        let want = want(&q_warp, draft, vocab, path, warp.is_greedy().then_some(1), None);
         self.q.resize_with(gamma.max(self.q.len()), Distribution::default);
         self.tokens.clear();
         for i in 0..gamma {
             let output = if i == 0 {
-                let rows = eval_draft(draft, reader, text, gamma - 1, want)?;
+                let rows = eval_draft(draft, reader, path.text, gamma - 1, want)?;
                 self.pending = rows.row(0).0;
                 rows.get(0)
             } else {
@@ -43,8 +43,10 @@ impl Chain {
             };
             self.evaluated = i as u32 + 1;
             let q = &mut self.q[i];
-            q.fill(output, vocab, &q_warp, Path { text, branch: &self.tokens })
-                .map_err(Error::of_draft)?;
+            q.fill(output, vocab, &q_warp, path.with(&self.tokens)).map_err(Error::of_draft)?;
+            if q.mass() <= 0.0 {
+                break;
+            }
             if least > 0.0 && q.prob(q.argmax()) < least {
                 break;
             }
@@ -65,15 +67,15 @@ impl Chain {
     ) -> Result<Kept> {
         round.timeline.enter(Phase::Draft);
         self.draft(round, least)?;
-        let (text, vocab, settings) = (round.text, round.models.vocab(), round.settings);
+        let (path, vocab, settings) = (round.path(), round.models.vocab(), round.settings);
         let target = &mut *round.models.target;
-        let rows = verify_chain(target, round.timeline, settings, vocab, text, &self.tokens)?;
+        let rows = verify_chain(target, round.timeline, settings, vocab, path, &self.tokens)?;
 
         block.drafted = self.tokens.len();
         let p = &mut self.p;
         for i in 0..=self.tokens.len() {
-            let path = Path { text, branch: &self.tokens[..i] };
-            p.fill(rows.get(i), vocab, &settings.warp, path)?;
+            let path = path.with(&self.tokens[..i]);
+            fill_target(p, rows.get(i), vocab, &settings.warp, path)?;
             let Some(&token) = self.tokens.get(i) else { break };
             let (log_p, log_q) = (p.log_prob(token), self.q[i].log_prob(token));
             if !accept(p, &self.q[i], token, round.rng) {

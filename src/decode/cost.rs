@@ -104,7 +104,7 @@ fn seconds(
     /// A median wants three, unless that would take longer than this.
     const LEAST_TURNS: usize = 3;
     const PLENTY: f64 = 0.5;
-    let want = want(warp, lm, vocab, draft.flatten(), None);
+    let want = want(warp, lm, vocab, Path::default(), draft.flatten(), None);
     let mut p = Distribution::default();
     let mut rng = Rng::new(0);
     if lm.committed() >= lm.capacity() {

@@ -9,7 +9,7 @@ use super::{Algorithm, Autoregressive, Block, CostTable, Decisions, Models, Phas
 use super::{Settings, Statistics, Strategy, Timeline, draft_of};
 use crate::error::{Error, Result, TARGET};
 use crate::lm::{KeptRows, Lm, MAX_TREE, Token};
-use crate::sampling::{Rng, RngState};
+use crate::sampling::{Guide, Rng, RngState};
 
 /// A text that grows by blocks.
 ///
@@ -26,6 +26,8 @@ pub struct Decoding {
     prompt_len: usize,
     scores: Vec<f64>,
     rng: Rng,
+    /// What holds the generated tokens to the settings' constraint.
+    guide: Option<Guide>,
     statistics: Statistics,
     timeline: Timeline,
     block: Block,
@@ -62,6 +64,7 @@ impl Decoding {
             prompt_len: 0,
             scores: Vec::new(),
             rng: Rng::new(settings.seed),
+            guide: None,
             statistics: Statistics::default(),
             timeline: Timeline::default(),
             block: Block::default(),
@@ -101,6 +104,22 @@ impl Decoding {
         decoding.take_text(text);
         decoding.rng = Rng::at(rng);
         decoding
+    }
+
+    /// Where in the text the constraint began that it is held to.
+    pub(crate) fn constrained_from(&self) -> Option<usize> {
+        self.guide.as_ref().map(Guide::start)
+    }
+
+    /// Has [`Decoding::resume`] go on with the settings' constraint as if it had begun at `start`, if
+    /// the text follows it from there on; otherwise it begins at the end of the text, as another one
+    /// would. Returns whether it goes on.
+    pub(crate) fn constrain_from(&mut self, start: Option<usize>) -> bool {
+        let Some(constraint) = &self.settings.constraint else { return false };
+        let start = start.filter(|&start| start <= self.text.len());
+        let guide = start.map(|start| Guide::new(constraint.clone(), start));
+        self.guide = guide.filter(|guide| guide.follows(&self.text));
+        self.guide.is_some()
     }
 
     /// Has the evaluation of prompts stop when `stop` is set. `pieces` are how prompts are cut at
@@ -189,6 +208,8 @@ impl Decoding {
         // A draft that is not used now keeps what it has, so both are cut before either grows.
         shorten(models, shared.min(last))?;
         self.take_text(prompt);
+        let constraint = self.settings.constraint.clone();
+        self.guide = constraint.map(|constraint| Guide::new(constraint, prompt.len()));
 
         let reused = models.target.committed();
         let [target_pieces, draft_pieces] = self.pieces;
@@ -210,7 +231,8 @@ impl Decoding {
     }
 
     /// Goes on with the text as if all of it were the prompt: what comes is counted, timed and
-    /// scored anew. The generator goes on.
+    /// scored anew. The generator goes on, and so does a constraint, if it is the one that the text
+    /// was left with; another one begins here.
     ///
     /// # Errors
     /// [`Error::Invalid`] if there is no text or the draft is missing; what the models report.
@@ -223,6 +245,12 @@ impl Decoding {
         self.prompt_len = self.text.len();
         self.scores.clear();
         self.statistics = Statistics::default();
+        let constraint = self.settings.constraint.clone();
+        let before = self.guide.take();
+        self.guide = constraint.map(|constraint| match before {
+            Some(guide) if **guide.constraint() == *constraint => guide,
+            _ => Guide::new(constraint, self.text.len()),
+        });
         self.measure_costs(models, last)
     }
 
@@ -298,6 +326,7 @@ impl Decoding {
         self.text.clear();
         self.text.extend_from_slice(text);
         self.prompt_len = text.len();
+        self.guide = None;
         self.scores.clear();
         self.statistics = Statistics::default();
     }
@@ -338,11 +367,16 @@ impl Decoding {
         CostTable::plain(models, last, &self.settings.warp).map(Some)
     }
 
-    /// Does one round and adds its tokens to the text. `None`: the context is full.
+    /// Does one round and adds its tokens to the text, or adds those that are [forced](Block::forced)
+    /// without one: where the constraint leaves one token, it has probability 1 under the target as
+    /// it is held to it, and the next round evaluates it along with the pending one. (Beams of
+    /// `beam` are ahead of the text, and scores need a pass: there nothing is forced.) `None`: the
+    /// context is full.
     ///
     /// # Errors
-    /// [`Error::Invalid`] before a start or without the draft that the strategy needs; what the
-    /// models report; [`Error::Cancelled`] if it was told to stop while it evaluated what a prompt
+    /// [`Error::Invalid`] before a start or without the draft that the strategy needs;
+    /// [`Error::Grammar`] if no token of the target may follow; what the models report;
+    /// [`Error::Cancelled`] if it was told to stop while it evaluated what a prompt
     /// had left to do. The text is as before then, and the models' lines are prefixes of it.
     pub fn next_block(&mut self, models: &mut Models<'_>) -> Result<Option<&Block>> {
         let len = self.text.len();
@@ -364,6 +398,11 @@ impl Decoding {
             length.min(room.saturating_add(1))
         };
         self.block.clear();
+        self.force(models.vocab(), room);
+        if !self.block.tokens.is_empty() {
+            self.statistics.record(&self.block);
+            return Ok(Some(&self.block));
+        }
         let with_draft = gamma > 0
             && self.settings.strategy.needs_draft()
             && self.settings.strategy != Strategy::Auto;
@@ -374,6 +413,7 @@ impl Decoding {
         let mut round = Round {
             models: models.reborrow(),
             text: &self.text,
+            guide: self.guide.as_ref(),
             settings: &self.settings,
             gamma,
             rng: &mut self.rng,
@@ -401,6 +441,27 @@ impl Decoding {
         Ok(Some(&self.block))
     }
 
+    /// Adds the tokens that come next because no other may, to the text and to the block.
+    fn force(&mut self, vocab: usize, room: usize) {
+        /// More come in the next block: a grammar may force tokens without an end.
+        const MOST: usize = 64;
+        let Some(guide) = &self.guide else { return };
+        if self.settings.score || self.settings.strategy == Strategy::Beam {
+            return;
+        }
+        // The last token of a text is not evaluated, so one more than has room.
+        while self.block.tokens.len() < MOST.min(room + 1) {
+            match guide.forced(&self.text) {
+                Some(token) if (token as usize) < vocab => {
+                    self.text.push(token);
+                    self.block.tokens.push(token);
+                    self.block.forced += 1;
+                }
+                _ => break,
+            }
+        }
+    }
+
     /// Forgets all but the first `len` tokens of the text, in the models too: the end of a block
     /// that was cut short by a stop.
     ///
@@ -416,6 +477,12 @@ impl Decoding {
         shorten(models, len - 1)?;
         self.text.truncate(len);
         self.prompt_len = self.prompt_len.min(len);
+        if let Some(guide) = self.guide.take() {
+            let start = guide.start().min(len);
+            let goes_on = start == guide.start();
+            let again = |guide: Guide| Guide::new(guide.constraint().clone(), start);
+            self.guide = Some(if goes_on { guide } else { again(guide) });
+        }
         self.scores.truncate(len - self.prompt_len);
         self.statistics.emitted = self.statistics.emitted.min((len - self.prompt_len) as u64);
         Ok(())
@@ -436,6 +503,7 @@ impl fmt::Debug for Decoding {
             .field("settings", &self.settings)
             .field("text", &self.text)
             .field("prompt_len", &self.prompt_len)
+            .field("guide", &self.guide)
             .field("statistics", &self.statistics)
             .finish_non_exhaustive()
     }

@@ -19,10 +19,13 @@
 //! With one beam it is speculative sampling; at temperature 0 the text is the greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, Rows, draft_of, verify_nodes};
-use crate::error::{Error, Result};
+use super::{
+    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, Rows, draft_of, fill_target,
+    verify_nodes,
+};
+use crate::error::{Error, Result, TARGET};
 use crate::lm::Token;
-use crate::sampling::{Distribution, Path, Removed, pick};
+use crate::sampling::{Distribution, Guide, Removed, pick};
 
 /// How likely a layer's width must be to be accepted.
 const SURE: f64 = 0.7;
@@ -44,6 +47,8 @@ pub struct Dsbd {
     beams: Beams,
     layer: Layer,
     branch: Vec<Token>,
+    /// What follows the best beam.
+    next: Distribution,
 }
 
 /// A beam of the target.
@@ -75,19 +80,19 @@ struct Layer {
 
 impl Algorithm for Dsbd {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
-        let (text, gamma, vocab) = (round.text, round.gamma, round.models.vocab());
+        let (start, gamma, vocab) = (round.path(), round.gamma, round.models.vocab());
         let settings = round.settings;
 
         round.timeline.enter(Phase::Draft);
         let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let how = Sampling { keep: true, ..Sampling::of_draft(settings, reader) };
-        let sampled = self.beams.sample(draft, text, shared, gamma, &how, round.rng);
-        sampled.map_err(Error::of_draft)?;
+        let sampled = self.beams.sample(draft, start, shared, gamma, &how, round.rng);
+        let gamma = sampled.map_err(Error::of_draft)?;
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));
         let target = &mut *round.models.target;
-        let rows = verify_nodes(target, round.timeline, settings, vocab, text, nodes)?;
+        let rows = verify_nodes(target, round.timeline, settings, vocab, start, nodes)?;
         block.drafted = gamma;
 
         let distinct = how.search || !how.with_replacement;
@@ -109,7 +114,7 @@ impl Algorithm for Dsbd {
             let fill = |layer: &mut Layer, beams: &Beams, branch: &mut Vec<Token>| {
                 layer.fill(&rows, |node, p, output| {
                     beams.tokens(node, branch);
-                    p.fill(output, vocab, &settings.warp, Path { text, branch })
+                    p.fill(output, vocab, &settings.warp, start.with(branch))
                 })
             };
             fill(layer, &self.beams, &mut self.branch)?;
@@ -123,14 +128,11 @@ impl Algorithm for Dsbd {
                 let mut found = None;
                 for n in candidates.by_ref() {
                     let node = self.beams.nodes[n].clone();
-                    let left: f64 = if distinct {
-                        let mass = |&s: &Option<usize>| {
-                            weight_of(&self.beams, s) * self.beams.following(s).mass()
-                        };
-                        sources.iter().map(mass).sum()
-                    } else {
-                        1.0
+                    // Less than 1 where pairs were taken out, and where a beam has none.
+                    let mass = |&s: &Option<usize>| {
+                        weight_of(&self.beams, s) * self.beams.following(s).mass()
                     };
+                    let left: f64 = sources.iter().map(mass).sum();
                     let q = weight_of(&self.beams, node.parent)
                         * self.beams.following(node.parent).prob(node.token)
                         / left;
@@ -182,12 +184,15 @@ impl Algorithm for Dsbd {
             for (node, removed) in removed {
                 self.beams.following_mut(node).restore([removed]);
             }
-            if ended {
+            if ended || alive.is_empty() {
                 break;
             }
         }
 
-        let mut best = alive[0];
+        let Some(&(mut best)) = alive.first() else {
+            let nothing = Error::NotFinite { model: TARGET.to_owned() };
+            return Err(round.guide.map_or(nothing, Guide::refusal));
+        };
         for beam in &alive[1..] {
             if beam.weight > best.weight {
                 best = *beam;
@@ -202,9 +207,9 @@ impl Algorithm for Dsbd {
         let next = match best.drawn {
             Some(token) => token,
             None => {
-                let p = &mut self.layer.p[0];
-                let path = Path { text, branch: &block.tokens };
-                p.fill(rows.get(row), vocab, &settings.warp, path)?;
+                let p = &mut self.next;
+                let path = start.with(&block.tokens);
+                fill_target(p, rows.get(row), vocab, &settings.warp, path)?;
                 p.draw(round.rng)
             }
         };

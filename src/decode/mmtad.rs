@@ -7,10 +7,12 @@
 //! tokens, as many > tau. With one beam it is MTAD; at temperature 0 the text is the greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, verify_nodes};
+use super::{
+    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, fill_target, verify_nodes,
+};
 use crate::error::{Error, Result};
 use crate::lm::Token;
-use crate::sampling::{Distribution, Path};
+use crate::sampling::Distribution;
 
 /// What it says of itself.
 pub(super) const DESCRIPTOR: Descriptor = Descriptor {
@@ -38,20 +40,20 @@ pub struct Mmtad {
 
 impl Algorithm for Mmtad {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
-        let (text, gamma, vocab) = (round.text, round.gamma, round.models.vocab());
+        let (start, gamma, vocab) = (round.path(), round.gamma, round.models.vocab());
         let settings = round.settings;
 
         round.timeline.enter(Phase::Draft);
         let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let how = Sampling::of_draft(settings, reader);
-        let sampled = self.beams.sample(draft, text, shared, gamma, &how, round.rng);
-        sampled.map_err(Error::of_draft)?;
+        let sampled = self.beams.sample(draft, start, shared, gamma, &how, round.rng);
+        let gamma = sampled.map_err(Error::of_draft)?;
         let best = self.beams.path(self.beams.best().node);
 
         let nodes = self.beams.nodes.iter().map(|node| (node.token, node.parent));
         let target = &mut *round.models.target;
-        let rows = verify_nodes(target, round.timeline, settings, vocab, text, nodes)?;
+        let rows = verify_nodes(target, round.timeline, settings, vocab, start, nodes)?;
 
         block.drafted = gamma;
         let count = self.beams.nodes.len();
@@ -66,8 +68,8 @@ impl Algorithm for Mmtad {
                 return Ok(row);
             }
             self.beams.tokens(node, &mut self.branch);
-            let path = Path { text, branch: &self.branch };
-            p[row].fill(rows.get(row), vocab, &settings.warp, path).map(|()| row)
+            let path = start.with(&self.branch);
+            fill_target(&mut p[row], rows.get(row), vocab, &settings.warp, path).map(|()| row)
         };
         let log_tau = settings.tau.ln();
         let mut log_q = 0.0;

@@ -54,7 +54,7 @@ pub use typical::Typical;
 
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Lm, MAX_TREE, Output, Outputs, Row, Token, Want, extend};
-use crate::sampling::{Rng, Score, Warp, score};
+use crate::sampling::{Constraint, Distribution, Guide, Path, Rng, Score, Warp, score};
 
 /// What an algorithm is told to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,6 +84,9 @@ pub struct Settings {
     pub costs: Option<Arc<CostTable>>,
     /// How logits become probabilities, for target and draft alike.
     pub warp: Warp,
+    /// What the text is held to, from the end of the prompt on: target and draft draw only tokens
+    /// that may follow, and the text ends where it is complete.
+    pub constraint: Option<Arc<dyn Constraint>>,
     /// Seed of all draws.
     pub seed: u64,
     /// Whether emitted tokens are scored under the unwarped target.
@@ -107,6 +110,7 @@ impl Default for Settings {
             delta: 0.3,
             costs: None,
             warp: Warp::default(),
+            constraint: None,
             seed: 0,
             score: false,
             alternatives: 0,
@@ -244,11 +248,35 @@ impl Reader {
     }
 }
 
-/// What one round emitted.
+/// Where a token of the text is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// The draft proposed it, and the target accepted it.
+    Draft,
+    /// The target's own.
+    Target,
+    /// No other token could follow by the grammar, so that no model was asked.
+    Forced,
+}
+
+impl Origin {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Origin::Draft => "draft",
+            Origin::Target => "target",
+            Origin::Forced => "forced",
+        }
+    }
+}
+
+/// What one round emitted, or what came without one.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Block {
-    /// The accepted tokens, then the one drawn from the target.
+    /// The accepted tokens, then the one drawn from the target. Or forced tokens alone.
     pub tokens: Vec<Token>,
+    /// How many tokens were forced: all, or none.
+    pub forced: usize,
     /// How many tokens were drafted in a path.
     pub drafted: usize,
     /// How many of them were accepted: the first `accepted` of `tokens`.
@@ -272,13 +300,17 @@ impl Block {
         self.tokens.clear();
         self.scores.clear();
         self.steps.clear();
-        (self.drafted, self.accepted, self.passed) = (0, 0, 0);
+        (self.forced, self.drafted, self.accepted, self.passed) = (0, 0, 0, 0);
         (self.log_p, self.log_q) = (0.0, 0.0);
     }
 
-    /// Whether `tokens[i]` was drafted (and not drawn from the target).
-    pub fn is_drafted(&self, i: usize) -> bool {
-        i < self.accepted
+    /// Where `tokens[i]` is from.
+    pub fn origin(&self, i: usize) -> Origin {
+        match i {
+            _ if i < self.forced => Origin::Forced,
+            _ if i < self.accepted => Origin::Draft,
+            _ => Origin::Target,
+        }
     }
 
     /// ln (joint p / joint q) of the accepted tokens, if there are any.
@@ -293,6 +325,8 @@ pub struct Round<'a> {
     pub models: Models<'a>,
     /// Prompt and emitted tokens. The last one is pending.
     pub text: &'a [Token],
+    /// What holds the text to its language, if it has one.
+    pub guide: Option<&'a Guide>,
     /// The settings.
     pub settings: &'a Settings,
     /// How many tokens to draft, at most: what the settings say, or what the context has room for.
@@ -301,6 +335,13 @@ pub struct Round<'a> {
     pub rng: &'a mut Rng,
     /// Where phases are marked.
     pub timeline: &'a mut Timeline,
+}
+
+impl<'a> Round<'a> {
+    /// The text, as rows see it.
+    fn path(&self) -> Path<'a> {
+        Path { text: self.text, branch: &[], guide: self.guide }
+    }
 }
 
 /// The tips of the paths that a round wants committed: the longest part of the pending token and
@@ -408,12 +449,12 @@ fn verify_nodes<'a>(
     timeline: &mut Timeline,
     settings: &Settings,
     vocab: usize,
-    text: &[Token],
+    path: Path<'_>,
     nodes: impl ExactSizeIterator<Item = (Token, Option<usize>)>,
 ) -> Result<Rows<'a>> {
     timeline.enter(Phase::Verify);
-    let want = want(&settings.warp, target, vocab, None, settings.scoring());
-    let rows = eval_after(target, Reader::Target, text, nodes, 0, want)?;
+    let want = want(&settings.warp, target, vocab, path, None, settings.scoring());
+    let rows = eval_after(target, Reader::Target, path.text, nodes, 0, want)?;
     timeline.enter(Phase::Sample);
     Ok(rows)
 }
@@ -424,26 +465,46 @@ fn verify_chain<'a>(
     timeline: &mut Timeline,
     settings: &Settings,
     vocab: usize,
-    text: &[Token],
+    path: Path<'_>,
     chain: &[Token],
 ) -> Result<Rows<'a>> {
     let nodes = chain.iter().enumerate().map(|(i, &token)| (token, i.checked_sub(1)));
-    verify_nodes(target, timeline, settings, vocab, text, nodes)
+    verify_nodes(target, timeline, settings, vocab, path, nodes)
 }
 
-/// The least that rows of `lm` must return under this warping; `largest` as in [`Warp::want`], `scoring` as in
-/// [`Settings::scoring`].
+/// The least that rows of `lm` after `path` must return under this warping; `largest` as in [`Warp::want`],
+/// `scoring` as in [`Settings::scoring`].
 fn want(
     warp: &Warp,
     lm: &dyn Lm,
     vocab: usize,
+    path: Path<'_>,
     largest: Option<usize>,
     scoring: Option<usize>,
 ) -> Want<'static> {
     match scoring {
         // Alternatives are found among all.
         Some(1..) => Want::Logits,
-        _ => warp.want(lm.vocab_size() == vocab, largest, scoring.is_some()),
+        // The largest logits may all be of tokens that may not follow.
+        _ => {
+            let whole = lm.vocab_size() == vocab && path.guide.is_none();
+            warp.want(whole, largest, scoring.is_some())
+        }
+    }
+}
+
+/// Fills a distribution of the target, from which a token is going to be drawn.
+fn fill_target(
+    p: &mut Distribution,
+    output: Output<'_>,
+    vocab: usize,
+    warp: &Warp,
+    path: Path<'_>,
+) -> Result<()> {
+    p.fill(output, vocab, warp, path)?;
+    match path.guide {
+        Some(guide) if p.mass() <= 0.0 => Err(guide.refusal()),
+        _ => Ok(()),
     }
 }
 

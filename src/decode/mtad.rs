@@ -7,10 +7,12 @@
 //! search, and the text is the target's greedy one.
 
 use super::beams::{Beams, Sampling};
-use super::{Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, verify_chain};
+use super::{
+    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, fill_target, verify_chain,
+};
 use crate::error::{Error, Result};
 use crate::lm::Token;
-use crate::sampling::{Distribution, Path};
+use crate::sampling::Distribution;
 
 /// What it says of itself.
 pub(super) const DESCRIPTOR: Descriptor = Descriptor {
@@ -35,7 +37,7 @@ pub struct Mtad {
 
 impl Algorithm for Mtad {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
-        let (text, gamma, vocab) = (round.text, round.gamma, round.models.vocab());
+        let (start, gamma, vocab) = (round.path(), round.gamma, round.models.vocab());
         let settings = round.settings;
         let warp = &settings.warp;
 
@@ -43,22 +45,22 @@ impl Algorithm for Mtad {
         let (shared, reader) = (round.models.shared(), round.models.draft_reader());
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let how = Sampling::of_draft(settings, reader);
-        let sampled = self.beams.sample(draft, text, shared, gamma, &how, round.rng);
-        sampled.map_err(Error::of_draft)?;
+        let sampled = self.beams.sample(draft, start, shared, gamma, &how, round.rng);
+        let gamma = sampled.map_err(Error::of_draft)?;
         let best = self.beams.best().node;
         self.beams.tokens(best, &mut self.branch);
         let nodes = self.beams.path(best);
 
         let target = &mut *round.models.target;
-        let rows = verify_chain(target, round.timeline, settings, vocab, text, &self.branch)?;
+        let rows = verify_chain(target, round.timeline, settings, vocab, start, &self.branch)?;
 
         block.drafted = gamma;
         self.p.resize_with((gamma + 1).max(self.p.len()), Distribution::default);
         let log_tau = settings.tau.ln();
         let (mut log_p, mut log_q) = (0.0, 0.0);
-        let path_of = |i: usize| Path { text, branch: &self.branch[..i] };
+        let path_of = |i: usize| start.with(&self.branch[..i]);
         for (i, (&token, &node)) in self.branch.iter().zip(&nodes).enumerate() {
-            self.p[i].fill(rows.get(i), vocab, warp, path_of(i))?;
+            fill_target(&mut self.p[i], rows.get(i), vocab, warp, path_of(i))?;
             let step = (self.p[i].log_prob(token), self.beams.nodes[node].log_prob);
             block.steps.push(step);
             log_p += step.0;
@@ -74,7 +76,7 @@ impl Algorithm for Mtad {
             }
         }
         if block.accepted == gamma {
-            self.p[gamma].fill(rows.get(gamma), vocab, warp, path_of(gamma))?;
+            fill_target(&mut self.p[gamma], rows.get(gamma), vocab, warp, path_of(gamma))?;
         }
         block.tokens.extend_from_slice(&self.branch[..block.accepted]);
         block.tokens.push(self.p[block.accepted].draw(round.rng));

@@ -27,10 +27,13 @@ pub struct Mtjd {
 
 impl Algorithm for Mtjd {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
-        let vocab = round.models.vocab();
+        let (path, vocab) = (round.path(), round.models.vocab());
         round.timeline.enter(Phase::Verify);
         let (target, how) = (&mut *round.models.target, Sampling::of_target(round.settings));
-        self.beams.sample(target, round.text, vocab, round.gamma, &how, round.rng)?;
+        let depth = self.beams.sample(target, path, vocab, round.gamma, &how, round.rng)?;
+        if let (0, Some(guide)) = (depth, round.guide) {
+            return Err(guide.refusal());
+        }
 
         round.timeline.enter(Phase::Sample);
         let path = self.beams.path(self.beams.best().node);

@@ -12,12 +12,12 @@
 use std::ops::Range;
 
 use super::{
-    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, eval_draft, verify_nodes,
-    want,
+    Algorithm, Block, Descriptor, Kept, Knob, Phase, Round, draft_of, eval_draft, fill_target,
+    verify_nodes, want,
 };
 use crate::error::{Error, Result};
 use crate::lm::{Batch, Row, Token};
-use crate::sampling::{Distribution, Path, Removed, Rng};
+use crate::sampling::{Distribution, Removed, Rng};
 
 /// What it says of itself.
 pub(super) const DESCRIPTOR: Descriptor = Descriptor {
@@ -53,19 +53,19 @@ struct Node {
 impl Algorithm for SpecInfer {
     fn round(&mut self, round: &mut Round<'_>, block: &mut Block) -> Result<Kept> {
         round.timeline.enter(Phase::Draft);
-        let pending = self.draft(round).map_err(Error::of_draft)?;
-        let (text, vocab, settings) = (round.text, round.models.vocab(), round.settings);
+        let (pending, drafted) = self.draft(round).map_err(Error::of_draft)?;
+        let (start, vocab, settings) = (round.path(), round.models.vocab(), round.settings);
         let nodes = self.nodes.iter().map(|node| (node.token, node.parent));
         let target = &mut *round.models.target;
-        let rows = verify_nodes(target, round.timeline, settings, vocab, text, nodes)?;
+        let rows = verify_nodes(target, round.timeline, settings, vocab, start, nodes)?;
 
-        block.drafted = round.gamma;
+        block.drafted = drafted;
         let mut path = Vec::new();
         self.branch.clear();
         loop {
             let row = path.last().map_or(0, |node: &usize| node + 1);
             let p = &mut self.p;
-            p.fill(rows.get(row), vocab, &settings.warp, Path { text, branch: &self.branch })?;
+            fill_target(p, rows.get(row), vocab, &settings.warp, start.with(&self.branch))?;
             let children = match path.last() {
                 None => self.roots.clone(),
                 Some(&node) => self.nodes[node].children.clone(),
@@ -112,24 +112,30 @@ impl Algorithm for SpecInfer {
 }
 
 impl SpecInfer {
-    /// Draws the tree; returns the pending token's row. Nodes lie behind it in their order.
-    fn draft(&mut self, round: &mut Round<'_>) -> Result<u32> {
-        let (text, vocab, settings) = (round.text, round.models.shared(), round.settings);
+    /// Draws the tree; returns the pending token's row and the tree's depth. Nodes lie behind that row
+    /// in their order.
+    fn draft(&mut self, round: &mut Round<'_>) -> Result<(u32, usize)> {
+        let (start, vocab, settings) = (round.path(), round.models.shared(), round.settings);
         let (warp, q_warp) = (&settings.warp, settings.warp.for_draft());
         let reader = round.models.draft_reader();
         let branching = &settings.branching[..round.gamma];
         let draft = draft_of(&mut round.models, settings.strategy)?;
         let most = branching.iter().copied().max();
-        let want = want(&q_warp, draft, vocab, most.filter(|_| warp.is_greedy()), None);
+        let want = want(&q_warp, draft, vocab, start, most.filter(|_| warp.is_greedy()), None);
         self.nodes.clear();
         let inner = nodes_of(&branching[..branching.len() - 1]);
         self.q.resize_with((inner + 1).max(self.q.len()), Distribution::default);
-        let rows = eval_draft(draft, reader, text, inner, want)?;
+        let rows = eval_draft(draft, reader, start.text, inner, want)?;
         let pending = rows.row(0).0;
-        self.q[0].fill(rows.get(0), vocab, &q_warp, Path { text, branch: &[] })?;
+        self.q[0].fill(rows.get(0), vocab, &q_warp, start)?;
         self.roots = self.grow(None, branching[0], settings, round.rng);
         let mut layer = self.roots.clone();
+        let mut depth = usize::from(!layer.is_empty());
         for &k in &branching[1..] {
+            // Nothing may follow that the draft has.
+            if layer.is_empty() {
+                break;
+            }
             let mut batch = Batch::new();
             for node in &self.nodes[layer.clone()] {
                 let parent = Row(pending + node.parent.map_or(0, |parent| parent as u32 + 1));
@@ -142,13 +148,14 @@ impl SpecInfer {
                 let up = std::iter::successors(Some(node), |&node| self.nodes[node].parent);
                 self.branch.extend(up.map(|node| self.nodes[node].token));
                 self.branch.reverse();
-                let path = Path { text, branch: &self.branch };
+                let path = start.with(&self.branch);
                 self.q[node + 1].fill(outputs.get(i), vocab, &q_warp, path)?;
                 self.nodes[node].children = self.grow(Some(node), k, settings, round.rng);
             }
             layer = next..self.nodes.len();
+            depth += usize::from(!layer.is_empty());
         }
-        Ok(pending)
+        Ok((pending, depth))
     }
 
     /// Draws `k` children of a node, or as many as have mass; its q is afterwards as before.

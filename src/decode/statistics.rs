@@ -11,6 +11,8 @@ pub struct Statistics {
     pub drafted_lengths: Vec<u64>,
     /// Tokens that are in the text; fewer than were produced if a block was cut short.
     pub emitted: u64,
+    /// Tokens that came without a round, as no other could follow by the grammar.
+    pub forced: u64,
     /// The smallest ln (joint p / joint q) of an accepted block; infinity if there was none.
     pub min_log_ratio: f64,
 }
@@ -21,17 +23,22 @@ impl Default for Statistics {
             accepted_lengths: Vec::new(),
             drafted_lengths: Vec::new(),
             emitted: 0,
+            forced: 0,
             min_log_ratio: f64::INFINITY,
         }
     }
 }
 
 impl Statistics {
-    /// Counts a round.
+    /// Counts a round, or forced tokens.
     pub fn record(&mut self, block: &Block) {
+        self.emitted += block.tokens.len() as u64;
+        if block.forced > 0 {
+            self.forced += block.forced as u64;
+            return;
+        }
         add(&mut self.accepted_lengths, block.accepted, 1);
         add(&mut self.drafted_lengths, block.drafted, 1);
-        self.emitted += block.tokens.len() as u64;
         self.min_log_ratio = self.min_log_ratio.min(block.log_ratio().unwrap_or(f64::INFINITY));
     }
 
@@ -44,6 +51,7 @@ impl Statistics {
             add(&mut self.drafted_lengths, length, rounds);
         }
         self.emitted += other.emitted;
+        self.forced += other.forced;
         self.min_log_ratio = self.min_log_ratio.min(other.min_log_ratio);
     }
 
@@ -68,7 +76,8 @@ impl Statistics {
         (drafted > 0).then(|| self.accepted() as f64 / drafted as f64)
     }
 
-    /// 1 + accepted / rounds: tokens per pass of the target. 1 without a draft.
+    /// 1 + accepted / rounds: tokens per pass of the target. 1 without a draft. Forced tokens are not
+    /// counted: no pass made them.
     pub fn block_efficiency(&self) -> f64 {
         1.0 + self.accepted() as f64 / self.rounds().max(1) as f64
     }

@@ -119,6 +119,7 @@ impl Outcome {
                 accepted_lengths: counts("accepted_lengths")?,
                 drafted_lengths: counts("drafted_lengths")?,
                 emitted: tokens,
+                forced: 0,
                 min_log_ratio: line["min_log_ratio"].as_f64().unwrap_or(f64::INFINITY),
             },
             prompt_seconds: line["prompt_seconds"].as_f64()?,

@@ -27,11 +27,15 @@ pub struct Distribution {
     recent: Vec<(Token, u32)>,
     /// The last support, kept for its memory while there is none.
     spare: Vec<Token>,
+    /// The logits of a row of which not every token may follow.
+    masked: Vec<f32>,
 }
 
 impl Distribution {
     /// Takes the warped probabilities of a row, of its first `vocab` entries. `path` is what the
-    /// penalty looks back on.
+    /// penalty looks back on. If it has a guide, tokens that may not follow are as if they had a
+    /// logit of negative infinity; where none may, every probability is 0 and
+    /// [`Distribution::mass`] with them.
     ///
     /// Of a row of the largest logits all that is needed must have been asked for
     /// ([`Warp::want`]); if the settings leave the distribution untruncated, it then holds the
@@ -41,7 +45,8 @@ impl Distribution {
     /// [`Error::NotFinite`] if no probabilities can be made of the logits (not numbers, infinite).
     ///
     /// # Panics
-    /// If the row returned neither logits nor the largest of them.
+    /// If the row returned neither logits nor the largest of them, or not all logits where there is a
+    /// guide.
     pub fn fill(
         &mut self,
         output: Output<'_>,
@@ -49,9 +54,24 @@ impl Distribution {
         warp: &Warp,
         path: Path<'_>,
     ) -> Result<()> {
-        match output {
-            Output::Logits(logits) => self.fill_from_logits(&logits[..vocab], warp, path),
-            Output::Top { top, log_sum_exp } => {
+        match (output, path.guide) {
+            (Output::Logits(logits), None) => self.fill_from_logits(&logits[..vocab], warp, path),
+            (Output::Logits(logits), Some(guide)) => {
+                let mut masked = std::mem::take(&mut self.masked);
+                let any = guide.mask(path).apply(&logits[..vocab], &mut masked);
+                if any {
+                    self.fill_from_logits(&masked, warp, path);
+                } else {
+                    self.candidates.clear();
+                    self.support_from_candidates(vocab);
+                    self.total = 1.0;
+                }
+                self.masked = masked;
+                if !any {
+                    return Ok(());
+                }
+            }
+            (Output::Top { top, log_sum_exp }, None) => {
                 self.candidates.clear();
                 self.candidates.extend_from_slice(top);
                 if log_sum_exp.is_some_and(|sum| !sum.is_finite()) {
@@ -70,7 +90,7 @@ impl Distribution {
                     self.total = 1.0;
                 }
             }
-            other => panic!("a row returned {other:?}, of which there is no distribution"),
+            (other, _) => panic!("a row returned {other:?}, of which there is no distribution"),
         }
         if self.left > 0.0 && self.left.is_finite() { Ok(()) } else { Err(not_finite()) }
     }
@@ -488,7 +508,7 @@ mod tests {
     fn the_penalty_takes_the_sign_into_account() {
         let logits = [2.0, -1.0, 0.5];
         let warp = Warp { repeat_penalty: 2.0, repeat_last_n: 3, ..NEUTRAL };
-        let path = Path { text: &[2, 0, 0], branch: &[1] };
+        let path = Path { text: &[2, 0, 0], branch: &[1], guide: None };
         let expected = probs(&filled(&[1.0, -2.0, 0.5], &NEUTRAL, Path::default()));
         near(&probs(&filled(&logits, &warp, path)), &expected);
         let greedy = Warp { temperature: 0.0, repeat_penalty: 5.0, ..warp };
@@ -498,7 +518,7 @@ mod tests {
     #[test]
     fn presence_counts_once_and_frequency_each_time() {
         let warp = Warp { presence_penalty: 0.25, frequency_penalty: 0.5, ..NEUTRAL };
-        let path = Path { text: &[2, 0, 0], branch: &[0] };
+        let path = Path { text: &[2, 0, 0], branch: &[0], guide: None };
         let expected =
             filled(&[2.0 - 0.25 - 1.5, -1.0, 0.5 - 0.25 - 0.5], &NEUTRAL, Path::default());
         near(&probs(&filled(&[2.0, -1.0, 0.5], &warp, path)), &probs(&expected));
@@ -664,7 +684,7 @@ mod tests {
         for round in 0..100 {
             let logits: Vec<f32> = (0..200).map(|_| rng.below(40) as f32 - 15.0).collect();
             let text: Vec<Token> = (0..50).map(|_| rng.below(200)).collect();
-            let path = Path { text: &text, branch: &[] };
+            let path = Path { text: &text, branch: &[], guide: None };
             let penalty = [0.5, 1.7][round % 2];
             let warp = Warp { repeat_penalty: penalty, top_k: 1 + round % 20, ..NEUTRAL };
             let mut all: Vec<(Token, f32)> = (0..).zip(logits.iter().copied()).collect();

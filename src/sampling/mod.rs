@@ -3,12 +3,14 @@
 //! [`Warp`] holds the settings (temperature, top-k, ...), [`Distribution`] the warped
 //! probabilities of one row, [`Rng`] the seeded generator. A distribution is filled again and
 //! again: nothing of the vocabulary's size is allocated per step, and nothing is sorted unless a
-//! setting needs an order.
+//! setting needs an order. A [`Constraint`] is a language that texts are held to.
 
+mod constraint;
 mod distribution;
 mod rng;
 mod warp;
 
+pub use constraint::{Constraint, Guide, Mask, Matcher};
 pub(crate) use distribution::pick;
 pub use distribution::{Distribution, Removed};
 pub use rng::{Rng, RngState};

@@ -1,5 +1,6 @@
 //! How logits become probabilities: the settings.
 
+use super::Guide;
 use crate::error::{Error, Result};
 use crate::lm::{Token, Want};
 
@@ -120,7 +121,7 @@ impl Warp {
     }
 
     /// The least that a model must return for [`super::Distribution::fill`] to be exact. `whole`:
-    /// the model's rows have no entries beyond the vocabulary in use. `largest`: only so many of
+    /// the model's rows have no entries beyond those that may be drawn. `largest`: only so many of
     /// the most probable tokens are going to be looked at, if that is known. `score`: the row is
     /// also going to be scored ([`super::unwarped_log_prob`]).
     pub fn want(&self, whole: bool, largest: Option<usize>, score: bool) -> Want<'static> {
@@ -149,9 +150,16 @@ pub struct Path<'a> {
     pub text: &'a [Token],
     /// Drafted tokens after it.
     pub branch: &'a [Token],
+    /// What the text is held to, if anything: the row's distribution is of what may follow.
+    pub guide: Option<&'a Guide>,
 }
 
-impl Path<'_> {
+impl<'a> Path<'a> {
+    /// The same text with another branch.
+    pub fn with(self, branch: &'a [Token]) -> Self {
+        Path { branch, ..self }
+    }
+
     /// The different tokens among the last `n`, in `into`, in their order, each with its number.
     pub(super) fn recent(&self, n: usize, into: &mut Vec<(Token, u32)>) {
         into.clear();
@@ -215,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_path_ends_with_the_branch() {
-        let path = Path { text: &[1, 2, 3, 3], branch: &[9, 3] };
+        let path = Path { text: &[1, 2, 3, 3], branch: &[9, 3], guide: None };
         let mut recent = Vec::new();
         path.recent(4, &mut recent);
         assert_eq!(recent, [(3, 3), (9, 1)]);

@@ -415,7 +415,7 @@ impl Answers {
 
     fn origin_of(&self, piece: &Piece) -> Option<OriginToken> {
         let &Piece { token, log_prob, log_ratio, .. } = piece;
-        let origin = super::origin(piece);
+        let origin = piece.origin.name();
         Some(OriginToken { id: token?, text: piece.text.clone(), origin, log_prob, log_ratio })
     }
 

@@ -401,7 +401,7 @@ pub(super) struct Decoded {
 pub(super) struct OriginToken {
     pub id: Token,
     pub text: String,
-    /// `draft`, `target` or `forced`.
+    /// `draft`, `target`, or `forced` where no other token could follow.
     pub origin: &'static str,
     pub log_prob: Option<f64>,
     /// ln of the joint probability ratio, target to draft, of the accepted block that it came with.

@@ -105,7 +105,9 @@ impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::Invalid(_) | Error::Template(_) => Self::invalid(None, message),
+            Error::Invalid(_) | Error::Template(_) | Error::Grammar(_) => {
+                Self::invalid(None, message)
+            }
             Error::ContextFull { .. } => {
                 Self::invalid(None, message).with_code("context_length_exceeded")
             }

@@ -161,7 +161,7 @@ impl Metrics {
     /// Tokens were generated.
     pub fn tokens(&self, pieces: &[Piece]) {
         for piece in pieces.iter().filter(|piece| piece.token.is_some()) {
-            let origin = super::origin(piece);
+            let origin = piece.origin.name();
             self.tokens.get_or_create(&From { origin }).inc();
         }
     }

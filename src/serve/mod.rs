@@ -27,7 +27,6 @@ use crate::decode::Settings;
 use crate::energy::Account;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result};
-use crate::session::generation::Piece;
 use crate::session::pair::Pair;
 
 use metrics::Metrics;
@@ -168,11 +167,6 @@ pub fn openapi() -> String {
 fn model_name(file: &str) -> String {
     let name = file.rsplit(['/', '\\']).next().unwrap_or(file);
     name.strip_suffix(".gguf").unwrap_or(name).to_owned()
-}
-
-/// Who wrote a token.
-fn origin(piece: &Piece) -> &'static str {
-    if piece.drafted { "draft" } else { "target" }
 }
 
 /// Seconds since 1970.

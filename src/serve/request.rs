@@ -4,19 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use serde_json::json;
 use serde_json::value::RawValue;
 
-use super::api::{ChatOwn, CompletionOwn, Options, Prompt};
+use super::api::{ChatOwn, CompletionOwn, NamedSchema, Options, Prompt};
 use super::errors::ApiError;
 use super::tools::Style;
 use crate::chat::Chat;
 use crate::decode::{Settings, Strategy};
 use crate::error::Error;
+use crate::grammar::Grammar;
 use crate::lm::Token;
-use crate::sampling::Warp;
+use crate::sampling::{Constraint, Warp};
 use crate::session::generation::{Request, clock_seed};
 use crate::session::pair::Pair;
-use crate::tokenizer::EncodeOptions;
+use crate::tokenizer::{EncodeOptions, Tokenizer};
 
 /// The most answers to one request.
 const MOST_ANSWERS: usize = 128;
@@ -72,26 +74,26 @@ impl Terms<'_> {
         }
         check_contents(&own.messages)?;
         inputs.simplify();
-        let choice = own.tool_choice.as_ref();
+        let choice = ToolChoice::of(own.tool_choice.as_ref())?;
         let mut calls = None;
+        let mut form = None;
         if let Some(tools) = own.tools.as_ref().filter(|tools| tools.get() != "null") {
-            check_tools(tools)?;
-            match choice.and_then(|choice| choice.as_str()) {
-                Some("none") => {}
-                Some("auto") | None if choice.is_none_or(|choice| choice.is_string()) => {
-                    calls = Style::of_template(chat.template().source());
-                    inputs
-                        .set_tools(tools.get(), "tools")
-                        .map_err(|e| ApiError::invalid("tools", e.to_string()))?;
-                }
-                _ => {
-                    let what = "tool_choice can be \"none\" or \"auto\" here: a call cannot be made sure of";
-                    return Err(ApiError::invalid("tool_choice", what));
-                }
+            let functions = functions(tools)?;
+            if choice != ToolChoice::None {
+                calls = Style::of_template(chat.template().source());
+                inputs
+                    .set_tools(tools.get(), "tools")
+                    .map_err(|e| ApiError::invalid("tools", e.to_string()))?;
             }
-        } else if choice
-            .is_some_and(|choice| !choice.is_null() && choice != "none" && choice != "auto")
-        {
+            if let Some(schema) = choice.schema(&functions)? {
+                // A call that must come is held to its form, which is the same for all models.
+                calls = Some(Style::Bare);
+                form = Some(
+                    Grammar::json_schema(&schema, self.pair.tokenizer())
+                        .map_err(|e| ApiError::invalid("tools", e.to_string()))?,
+                );
+            }
+        } else if !matches!(choice, ToolChoice::None | ToolChoice::Auto) {
             return Err(ApiError::invalid("tool_choice", "tool_choice needs tools"));
         }
         for (name, json) in own.chat_template_kwargs.iter().flatten() {
@@ -101,7 +103,15 @@ impl Terms<'_> {
         }
         let prompt =
             chat.encode(&inputs).map_err(|e| ApiError::invalid("messages", e.to_string()))?;
-        let wanted = self.wanted(vec![prompt], "messages", options, log_probs, None)?;
+        let mut wanted = self.wanted(vec![prompt], "messages", options, log_probs, None)?;
+        if let Some(form) = form {
+            if wanted.request.settings.constraint.is_some() {
+                let what = "tool_choice and a format or grammar exclude each other";
+                return Err(ApiError::invalid("tool_choice", what));
+            }
+            wanted.request.settings.constraint = Some(Arc::new(form));
+            wanted.request.settings.score = wanted.log_probs;
+        }
         Ok(Wanted { calls, ..wanted })
     }
 
@@ -213,14 +223,16 @@ impl Terms<'_> {
         }
         let origins = options.mtad_tokens.unwrap_or(false);
         let mut settings = self.settings(options)?;
-        settings.score = log_probs.is_some() || origins;
         settings.alternatives = log_probs.unwrap_or(0);
         let stream = options.stream.unwrap_or(false);
         let asks = options.stream_options.as_ref().and_then(|options| options.include_usage);
         if asks.is_some() && !stream {
             return Err(ApiError::invalid("stream_options", "stream_options needs stream: true"));
         }
-        constrained(options)?;
+        let form = form(options, self.pair.tokenizer())?;
+        settings.constraint = form.map(|form| Arc::new(form) as Arc<dyn Constraint>);
+        // Scores want a pass for each token, also for those that a form forces.
+        settings.score = log_probs.is_some() || (origins && settings.constraint.is_none());
         let request = Request {
             settings,
             max_tokens: max.or(default_max).map(|max| max as usize),
@@ -297,17 +309,103 @@ fn set<T>(setting: &mut T, said: Option<T>) {
     }
 }
 
-/// Refuses what a text is to follow, as nothing can make sure of it.
-fn constrained(options: &Options) -> Result<(), ApiError> {
-    if options.grammar.is_some() {
-        return Err(ApiError::invalid("grammar", "grammar is not supported"));
-    }
-    match &options.response_format {
-        Some(format) if format.kind != "text" => {
-            let what = format!("response_format {:?} is not supported; text is", format.kind);
-            Err(ApiError::invalid("response_format", what))
+/// Which function is to be called.
+#[derive(Debug, PartialEq)]
+enum ToolChoice {
+    /// None.
+    None,
+    /// What the model wants.
+    Auto,
+    /// Any, but one.
+    Required,
+    /// This one.
+    Named(String),
+}
+
+impl ToolChoice {
+    fn of(said: Option<&serde_json::Value>) -> Result<Self, ApiError> {
+        use serde_json::Value;
+        let named =
+            |choice: &Value| choice.get("function")?.get("name")?.as_str().map(str::to_owned);
+        match said {
+            None | Some(Value::Null) => Ok(ToolChoice::Auto),
+            Some(choice) => match (choice.as_str(), named(choice)) {
+                (Some("none"), _) => Ok(ToolChoice::None),
+                (Some("auto"), _) => Ok(ToolChoice::Auto),
+                (Some("required"), _) => Ok(ToolChoice::Required),
+                (_, Some(name)) => Ok(ToolChoice::Named(name)),
+                _ => {
+                    let what = "tool_choice is \"none\", \"auto\", \"required\", or \
+                                {\"type\": \"function\", \"function\": {\"name\": ..}}";
+                    Err(ApiError::invalid("tool_choice", what))
+                }
+            },
         }
-        _ => Ok(()),
+    }
+
+    /// What a call that must come looks like.
+    fn schema(
+        &self,
+        functions: &[(String, serde_json::Value)],
+    ) -> Result<Option<serde_json::Value>, ApiError> {
+        let chosen: Vec<_> = match self {
+            ToolChoice::None | ToolChoice::Auto => return Ok(None),
+            ToolChoice::Required => functions.iter().collect(),
+            ToolChoice::Named(name) => {
+                functions.iter().filter(|(known, _)| known == name).collect()
+            }
+        };
+        if chosen.is_empty() {
+            let what = format!("tool_choice: there is no such function among the tools ({self:?})");
+            return Err(ApiError::invalid("tool_choice", what));
+        }
+        let call = |(name, parameters): &(String, serde_json::Value)| {
+            json!({
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": parameters},
+                "required": ["name", "arguments"],
+                "additionalProperties": false,
+            })
+        };
+        Ok(Some(json!({"anyOf": chosen.into_iter().map(call).collect::<Vec<_>>()})))
+    }
+}
+
+/// What a text is to follow by the request, if anything.
+fn form(options: &Options, tokenizer: &Tokenizer) -> Result<Option<Grammar>, ApiError> {
+    let of_format = |form: Result<Grammar, Error>| {
+        form.map(Some).map_err(|e| ApiError::invalid("response_format", e.to_string()))
+    };
+    let format = options.response_format.as_ref();
+    let by_format = match format.map(|format| (format.kind.as_str(), &format.json_schema)) {
+        None | Some(("text", _)) => None,
+        Some(("json_object", _)) => of_format(Grammar::json_object(tokenizer))?,
+        Some(("json_schema", Some(NamedSchema { schema: Some(schema), .. }))) => {
+            of_format(Grammar::json_schema(schema, tokenizer))?
+        }
+        Some(("json_schema", _)) => {
+            let what = "response_format of type json_schema needs json_schema with a schema";
+            return Err(ApiError::invalid("response_format", what));
+        }
+        Some((kind, _)) => {
+            let what = format!("response_format is text, json_object or json_schema, not {kind:?}");
+            return Err(ApiError::invalid("response_format", what));
+        }
+    };
+    match (&options.grammar, by_format) {
+        (Some(_), Some(_)) => Err(ApiError::invalid(
+            "grammar",
+            "grammar and response_format are both given; one will do",
+        )),
+        (Some(grammar), None) => {
+            // In GBNF `::=` stands in every rule, in Lark in none.
+            let read = match grammar.contains("::=") {
+                true => Grammar::gbnf(grammar, tokenizer),
+                false => Grammar::lark(grammar, tokenizer),
+            };
+            read.map(Some).map_err(|e| ApiError::invalid("grammar", e.to_string()))
+        }
+        (None, by_format) => Ok(by_format),
     }
 }
 
@@ -347,19 +445,22 @@ fn check_contents(messages: &RawValue) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Tools are functions with names.
-fn check_tools(tools: &RawValue) -> Result<(), ApiError> {
+/// The functions that tools are, with the schemas of their arguments.
+fn functions(tools: &RawValue) -> Result<Vec<(String, serde_json::Value)>, ApiError> {
     let wrong = |what: String| ApiError::invalid("tools", what);
     let tools: Vec<serde_json::Value> = serde_json::from_str(tools.get())
         .map_err(|e| wrong(format!("tools must be an array of objects: {e}")))?;
-    for (i, tool) in tools.iter().enumerate() {
-        let name = tool.get("function").and_then(|function| function.get("name"));
+    let function = |(i, tool): (usize, &serde_json::Value)| {
         let is_function = tool.get("type").and_then(serde_json::Value::as_str) == Some("function");
-        if !is_function || !name.is_some_and(serde_json::Value::is_string) {
+        let function = tool.get("function").filter(|_| is_function);
+        let name = function.and_then(|function| function.get("name")?.as_str());
+        let (Some(function), Some(name)) = (function, name) else {
             return Err(wrong(format!(
                 "tool {i} must be of the type \"function\" and have a function with a name"
             )));
-        }
-    }
-    Ok(())
+        };
+        let parameters = function.get("parameters").filter(|parameters| !parameters.is_null());
+        Ok((name.to_owned(), parameters.cloned().unwrap_or_else(|| json!({"type": "object"}))))
+    };
+    tools.iter().enumerate().map(function).collect()
 }

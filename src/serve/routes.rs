@@ -542,14 +542,9 @@ mod tests {
         {
             assert!(is_this_machine(name), "{name}");
         }
-        for name in [
-            "example.com",
-            "example.com:80",
-            "localhost.example.com",
-            "10.0.0.1",
-            "",
-            "[::2]",
-        ] {
+        for name in
+            ["example.com", "example.com:80", "localhost.example.com", "10.0.0.1", "", "[::2]"]
+        {
             assert!(!is_this_machine(name), "{name}");
         }
     }

@@ -6,12 +6,12 @@
 //! |---|---|
 //! | `MTADSESS`, version (u32), bytes of a cache element (u32) | 16 |
 //! | hash of the target, hash of the draft or 0, see [`crate::gguf::Gguf::digest`] | 32 |
-//! | flags (1: the seed's numbers begin with the next generation, 2: there is a draft) | 8 |
+//! | flags (1: the seed's numbers begin with the next generation, 2: there is a draft; from bit 32 on, if the text was held to a constraint: 1 + the token that it began at) | 8 |
 //! | the generator: seed, numbers drawn | 16 |
 //! | tokens of the text, how many of them were spoken, tokens decided beyond them | 24 |
 //! | rows and bytes of a row, of the target and of the draft | 32 |
 //! | XXH3 of the above | 8 |
-//! | the text's tokens (u32); those beyond it (u32, flags u32, ln p f64) | 4 or 16 each |
+//! | the text's tokens (u32); those beyond it (u32, flags u32: 1 drafted, 2 with ln p, 4 forced; ln p f64) | 4 or 16 each |
 //! | cache rows of the target, then of the draft, in pieces of at most 128 as [`Lm::save_rows`] writes them | |
 //! | XXH3 of all of the above | 8 |
 //!
@@ -24,6 +24,7 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::decode::Origin;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::files::OutputFile;
@@ -41,6 +42,9 @@ const FRESH: u64 = 1;
 const DRAFT: u64 = 2;
 const DRAFTED: u32 = 1;
 const SCORED: u32 = 2;
+const FORCED: u32 = 4;
+/// Of the header's flags, the lowest bit of where a constraint began.
+const CONSTRAINED: u32 = 32;
 /// More tokens beyond the text than this mean a damaged file: what a limit cuts off is the rest of
 /// one block.
 const MOST_AHEAD: u64 = 2 * MAX_TREE as u64;
@@ -213,11 +217,13 @@ impl Session {
             models.map(|lm| lm.map_or(0, |lm| count(&**lm) as u64))
         };
         let flags = [(snapshot.fresh, FRESH), (self.draft.is_some(), DRAFT)];
+        let constrained = snapshot.constrained_from.map_or(0, |start| start as u64 + 1);
         let header = Header {
             element_bytes: self.options.cache_type.bytes() as u32,
             target: self.pair.target().digest(),
             draft: self.pair.draft().map_or(0, Model::digest),
-            flags: flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum(),
+            flags: flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum::<u64>()
+                | constrained << CONSTRAINED,
             rng: snapshot.rng,
             text: text as u64,
             spoken: snapshot.spoken as u64,
@@ -230,7 +236,11 @@ impl Session {
             out.put(&token.to_le_bytes())?;
         }
         for ahead in &snapshot.ahead {
-            let flags = [(ahead.drafted, DRAFTED), (ahead.log_prob.is_some(), SCORED)];
+            let flags = [
+                (ahead.origin == Origin::Draft, DRAFTED),
+                (ahead.log_prob.is_some(), SCORED),
+                (ahead.origin == Origin::Forced, FORCED),
+            ];
             let flags: u32 = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
             out.put(&ahead.token.to_le_bytes())?;
             out.put(&flags.to_le_bytes())?;
@@ -293,7 +303,12 @@ impl Pair {
             let (token, flags) = (fields.u32(), fields.u32());
             let log_prob = f64::from_bits(fields.u64());
             let log_prob = (flags & SCORED != 0).then_some(log_prob);
-            Ahead { token, drafted: flags & DRAFTED != 0, log_prob }
+            let origin = match flags {
+                _ if flags & DRAFTED != 0 => Origin::Draft,
+                _ if flags & FORCED != 0 => Origin::Forced,
+                _ => Origin::Target,
+            };
+            Ahead { token, origin, log_prob }
         });
         let ahead: Vec<_> = ahead.collect();
         let vocab = self.tokenizer().len();
@@ -316,7 +331,9 @@ impl Pair {
             ));
         }
         let (spoken, fresh) = (header.spoken as usize, header.flags & FRESH != 0);
-        session.restore(Snapshot { text, ahead, spoken, fresh, rng: header.rng });
+        let constrained_from = (header.flags >> CONSTRAINED).checked_sub(1).map(|at| at as usize);
+        let rng = header.rng;
+        session.restore(Snapshot { text, ahead, spoken, fresh, constrained_from, rng });
         Ok(session)
     }
 

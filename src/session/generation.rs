@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::decode::{Decisions, Decoding, Listener, Models, Phase, Pieces, Prefill};
-use crate::decode::{Settings, Statistics, Strategy};
+use crate::decode::{Origin, Settings, Statistics, Strategy};
 use crate::engine::{Model, SessionOptions};
 use crate::error::{DRAFT, Error, Result};
 use crate::lm::{Batch, Lm, Output, Row, Token, Want, extend};
@@ -40,6 +40,8 @@ pub struct Session {
     pub(super) spoken: usize,
     /// Whether the next generation begins the numbers of its seed.
     pub(super) fresh: bool,
+    /// Of a session that was restored: where the constraint began that its text was held to.
+    pub(super) constrained_from: Option<usize>,
     /// Stops prompts that are evaluated without a request.
     cancel: Arc<AtomicBool>,
     /// How long a piece of a prompt should take.
@@ -51,7 +53,7 @@ pub struct Session {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Ahead {
     pub token: Token,
-    pub drafted: bool,
+    pub origin: Origin,
     pub log_prob: Option<f64>,
 }
 
@@ -62,6 +64,7 @@ pub(crate) struct Snapshot {
     pub ahead: Vec<Ahead>,
     pub spoken: usize,
     pub fresh: bool,
+    pub constrained_from: Option<usize>,
     pub rng: RngState,
 }
 
@@ -135,8 +138,8 @@ pub struct Piece {
     pub text: String,
     /// The token; `None` for text that was held back and is let go at the end.
     pub token: Option<Token>,
-    /// Whether the draft proposed it (and the target accepted it).
-    pub drafted: bool,
+    /// Where it is from; text without a token has the target's.
+    pub origin: Origin,
     /// Its log-probability under the unwarped target, if scores were asked for.
     pub log_prob: Option<f64>,
     /// The most probable tokens in its place with their log-probabilities, likewise: as many as
@@ -149,8 +152,8 @@ pub struct Piece {
 impl Piece {
     /// A token whose text is not known yet.
     fn of(ahead: &Ahead) -> Self {
-        let &Ahead { token, drafted, log_prob } = ahead;
-        Piece { token: Some(token), drafted, log_prob, ..Piece::rest(String::new()) }
+        let &Ahead { token, origin, log_prob } = ahead;
+        Piece { token: Some(token), origin, log_prob, ..Piece::rest(String::new()) }
     }
 
     /// Text that was held back.
@@ -158,7 +161,7 @@ impl Piece {
         Piece {
             text,
             token: None,
-            drafted: false,
+            origin: Origin::Target,
             log_prob: None,
             alternatives: Vec::new(),
             log_ratio: None,
@@ -179,6 +182,7 @@ impl Session {
             ahead: Vec::new(),
             spoken: 0,
             fresh: true,
+            constrained_from: None,
             cancel: Arc::default(),
             prompt_pace: Pieces::LONGEST,
         })
@@ -306,7 +310,7 @@ impl Session {
     pub fn reset(&mut self) -> Result<()> {
         self.ready.clear();
         self.ahead.clear();
-        (self.spoken, self.fresh) = (0, true);
+        (self.spoken, self.fresh, self.constrained_from) = (0, true, None);
         match self.decoding {
             Some(_) => self.with(|decoding, models| decoding.clear(models)),
             None => Ok(()),
@@ -371,6 +375,7 @@ impl Session {
         // A prompt that was refused has changed nothing.
         if self.decoding.as_ref().is_some_and(|decoding| decoding.text() == prompt) {
             self.ahead.clear();
+            self.constrained_from = None;
             self.spoken = prompt.len();
         }
         started
@@ -379,8 +384,19 @@ impl Session {
     /// Makes ready to go on; says whether the text has ended.
     fn go_on(&mut self, request: &Request) -> Result<bool> {
         let Some(&last) = self.tokens().last() else { return Err(no_text()) };
+        let before = self.decoding.as_ref().and_then(|d| d.settings().constraint.clone());
         self.configure(request.settings.clone(), self.fresh, &request.cancel)?;
         self.settle()?;
+        if request.settings.constraint.is_none() {
+            self.constrained_from = None;
+        } else if request.settings.constraint != before {
+            let start = self.constrained_from.take();
+            let goes_on = self.decoding.as_mut().is_some_and(|d| d.constrain_from(start));
+            // What was decided under another constraint, or none, may not follow under this one.
+            if !goes_on {
+                self.ahead.clear();
+            }
+        }
         self.with(|decoding, models| decoding.resume(models))?;
         Ok(!std::mem::replace(&mut self.fresh, false) && self.pair.tokenizer().is_end(last))
     }
@@ -403,15 +419,21 @@ impl Session {
             ahead: undelivered.chain(self.ahead.iter().cloned()).collect(),
             spoken: self.spoken,
             fresh: self.fresh,
+            constrained_from: self
+                .decoding
+                .as_ref()
+                .and_then(Decoding::constrained_from)
+                .or(self.constrained_from),
             rng: self.decoding.as_ref().map_or(RngState::default(), Decoding::random_state),
         }
     }
 
     /// Takes all but the caches, which the models have already.
     pub(crate) fn restore(&mut self, snapshot: Snapshot) {
-        let Snapshot { text, ahead, spoken, fresh, rng } = snapshot;
+        let Snapshot { text, ahead, spoken, fresh, constrained_from, rng } = snapshot;
         self.decoding = Some(Decoding::restored(&text, rng));
         (self.ahead, self.spoken, self.fresh) = (ahead, spoken, fresh);
+        self.constrained_from = constrained_from;
     }
 
     pub(super) fn with<R>(
@@ -439,8 +461,8 @@ impl Session {
 
 impl Ahead {
     fn of(piece: Piece) -> Option<Self> {
-        let Piece { token, drafted, log_prob, .. } = piece;
-        Some(Ahead { token: token?, drafted, log_prob })
+        let Piece { token, origin, log_prob, .. } = piece;
+        Some(Ahead { token: token?, origin, log_prob })
     }
 }
 
@@ -670,13 +692,13 @@ impl<'s> Generation<'s> {
             Err(error) => return Err(error),
         };
         let pieces = block.tokens.iter().enumerate().map(|(i, &token)| {
-            let drafted = block.is_drafted(i);
+            let origin = block.origin(i);
             let score = block.scores.get(i);
             let log_prob = score.map(|score| score.log_prob);
             Piece {
                 alternatives: score.map_or(Vec::new(), |score| score.alternatives.clone()),
-                log_ratio: block.log_ratio().filter(|_| drafted),
-                ..Piece::of(&Ahead { token, drafted, log_prob })
+                log_ratio: block.log_ratio().filter(|_| origin == Origin::Draft),
+                ..Piece::of(&Ahead { token, origin, log_prob })
             }
         });
         let pieces = pieces.collect();

@@ -9,6 +9,7 @@ pub mod generation;
 pub mod pair;
 pub mod prefix;
 
+pub use crate::decode::Origin;
 pub use generation::{Generation, Piece, Request, Session, StopReason};
 pub use pair::{LoadOptions, Pair};
 pub use prefix::Prefix;

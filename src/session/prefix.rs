@@ -120,7 +120,7 @@ impl Session {
         self.decoding.get_or_insert_with(Decoding::default);
         let (target, draft) = (&prefix.target, prefix.draft.as_ref());
         let adopted = self.with(|decoding, models| decoding.adopt(models, text, target, draft));
-        (self.spoken, self.fresh) = (self.tokens().len(), true);
+        (self.spoken, self.fresh, self.constrained_from) = (self.tokens().len(), true, None);
         adopted
     }
 

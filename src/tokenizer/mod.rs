@@ -52,6 +52,9 @@ struct Rules {
     model: Model,
     add_bos: bool,
     notes: Vec<String>,
+    /// What others made of the vocabulary.
+    #[cfg(feature = "grammar")]
+    kept: std::sync::OnceLock<Box<dyn std::any::Any + Send + Sync>>,
 }
 
 #[derive(Debug)]
@@ -93,7 +96,14 @@ impl Tokenizer {
             }
         };
         let add_bos = gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(with_bos);
-        let rules = Rules { special, model, add_bos, notes };
+        let rules = Rules {
+            special,
+            model,
+            add_bos,
+            notes,
+            #[cfg(feature = "grammar")]
+            kept: std::sync::OnceLock::new(),
+        };
         Ok(Tokenizer { vocab: Arc::new(vocab), rules: Arc::new(rules) })
     }
 
@@ -171,6 +181,13 @@ impl Tokenizer {
     /// at their start is part of the text.
     pub fn continuation(&self) -> StreamDecoder {
         StreamDecoder::new(Arc::clone(&self.vocab), false)
+    }
+
+    /// What `make` makes of the vocabulary, once for all clones. `None` if what is kept is something
+    /// else.
+    #[cfg(feature = "grammar")]
+    pub(crate) fn kept<T: Send + Sync + 'static>(&self, make: impl FnOnce() -> T) -> Option<&T> {
+        self.rules.kept.get_or_init(|| Box::new(make())).downcast_ref()
     }
 
     /// How the vocabulary spells text.
