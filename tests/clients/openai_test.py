@@ -20,8 +20,13 @@ URL, KEYED, NARROW = (os.environ[name].rstrip("/") for name in ("MTAD_URL", "MTA
 KEY = os.environ["MTAD_KEY"]
 STORY = "Once upon a time there was a little dog."
 SAID = [{"role": "user", "content": STORY}]
-# A text that takes its time, whatever the machine: small blocks, many beams, no end.
-LONG = {"max_tokens": 1500, "extra_body": {"strategy": "beam", "beam_width": 64}}
+# A text that takes its time, whatever the machine: many beams, and what was not yet said is never said, so that it
+# does not end before the context does.
+LONG = {
+    "max_tokens": 1500,
+    "presence_penalty": -100,
+    "extra_body": {"strategy": "dsbd", "gamma": 8, "beam_width": 12},
+}
 
 
 def client_of(url, key="none", **options):
@@ -418,6 +423,8 @@ def test_tasks_that_are_cancelled():
 
 # Texts of a given form.
 
+# Their tokens: a small model may write much white space between what it has to.
+FORM = 400
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -443,7 +450,18 @@ TOOLS = [
             },
         },
     },
-    {"type": "function", "function": {"name": "say", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "say",
+            "parameters": {
+                "type": "object",
+                "properties": {"word": {"enum": ["yes", "no"]}},
+                "required": ["word"],
+                "additionalProperties": False,
+            },
+        },
+    },
 ]
 
 
@@ -463,18 +481,18 @@ def or_skip(ask, param, **options):
 def test_json_of_a_schema(strategy, seed):
     body = {"strategy": strategy}
     answer = or_skip(
-        chat, "response_format", response_format=NAMED_SCHEMA, max_tokens=120, seed=seed, extra_body=body
+        chat, "response_format", response_format=NAMED_SCHEMA, max_tokens=FORM, seed=seed, extra_body=body
     )
     assert answer.choices[0].finish_reason == "stop"
     jsonschema.validate(json.loads(answer.choices[0].message.content), SCHEMA)
 
 
 def test_json_of_a_schema_as_a_stream_and_as_a_completion():
-    asked = {"response_format": NAMED_SCHEMA, "max_tokens": 120, "seed": 3}
+    asked = {"response_format": NAMED_SCHEMA, "max_tokens": FORM, "seed": 3}
     whole = or_skip(chat, "response_format", **asked)
     text = "".join(choice.delta.content or "" for chunk in chat(stream=True, **asked) for choice in chunk.choices)
     assert text == whole.choices[0].message.content
-    completed = complete(max_tokens=120, extra_body={"response_format": NAMED_SCHEMA})
+    completed = complete(max_tokens=FORM, extra_body={"response_format": NAMED_SCHEMA})
     jsonschema.validate(json.loads(completed.choices[0].text), SCHEMA)
 
 
@@ -486,14 +504,14 @@ def test_the_clients_own_models_of_answers():
         age: int = pydantic.Field(ge=1, le=15)
 
     def parse(**options):
-        return client.chat.completions.parse(model=MODEL, messages=SAID, response_format=Dog, max_tokens=120, **options)
+        return client.chat.completions.parse(model=MODEL, messages=SAID, response_format=Dog, max_tokens=FORM, **options)
 
     dog = or_skip(parse, "response_format", seed=1).choices[0].message.parsed
     assert isinstance(dog, Dog) and 1 <= dog.age <= 15
 
 
 def test_a_schema_that_is_none():
-    or_skip(chat, "response_format", response_format=NAMED_SCHEMA, max_tokens=120)
+    or_skip(chat, "response_format", response_format=NAMED_SCHEMA, max_tokens=FORM)
     for schema in ({"type": "nonsense"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}):
         wrong = {"type": "json_schema", "json_schema": {"name": "wrong", "schema": schema}}
         with pytest.raises(openai.BadRequestError) as error:
@@ -541,7 +559,7 @@ def test_text_that_matches_as_a_whole():
 
 
 def test_a_form_is_kept_beside_others():
-    or_skip(chat, "response_format", response_format=NAMED_SCHEMA, max_tokens=120)
+    or_skip(chat, "response_format", response_format=NAMED_SCHEMA, max_tokens=FORM)
 
     async def all_of_them():
         async with openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120) as client:
@@ -550,7 +568,7 @@ def test_a_form_is_kept_beside_others():
                     client.chat.completions.create(
                         model=MODEL,
                         messages=SAID,
-                        max_tokens=120,
+                        max_tokens=FORM,
                         seed=seed,
                         **({"response_format": NAMED_SCHEMA} if seed % 2 else {}),
                     )
@@ -590,7 +608,7 @@ def test_tools_that_may_be_called():
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}], ids=["any", "one"])
 def test_a_call_that_is_made_sure_of(choice, seed):
-    asked = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 120, "seed": seed}
+    asked = {"tools": TOOLS, "tool_choice": choice, "max_tokens": FORM, "seed": seed}
     answer = or_skip(chat, "tool_choice", **asked).choices[0]
     assert answer.finish_reason == "tool_calls" and answer.message.tool_calls
     for call in answer.message.tool_calls:
@@ -608,7 +626,7 @@ def test_a_call_that_is_made_sure_of(choice, seed):
 
 
 def test_what_a_call_gave_is_part_of_the_conversation():
-    asked = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 120, "seed": 1}
+    asked = {"tools": TOOLS, "tool_choice": "required", "max_tokens": FORM, "seed": 1}
     message = or_skip(chat, "tool_choice", **asked).choices[0].message
     given = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Three dogs."}
     assert chat([*SAID, message.model_dump(exclude_none=True), given], tools=TOOLS, tool_choice="none").choices
