@@ -24,6 +24,8 @@ after(() => browser?.close());
 
 /** Whether the model of a server can chat: the built-in pair only goes on with a text. */
 async function modeOf(url) {
+  const { data: [model] } = await (await fetch(new URL("v1/models", url))).json();
+  if (model.mtad?.chat !== undefined) return model.mtad.chat ? "chat" : "complete";
   const response = await fetch(new URL("v1/chat/completions", url), {
     method: "POST",
     headers: { "content-type": "application/json" },

@@ -43,7 +43,7 @@ export function positionOf(tau) {
 }
 /** Numbers of every request, and those of strategies that know them: field and knob. */
 const PLAIN = ["temperature", "top_p", "top_k", "max_tokens"];
-const KNOBS = [["gamma", "gamma"], ["beam_width", "beam-width"]];
+const KNOBS = [["gamma", "gamma"], ["beam_width", "beam_width"]];
 /** Whether a strategy heeds a knob. Of one that the server does not list, nothing is known. */
 export function heeds(strategy, knob) {
     return strategy?.knobs.includes(knob) ?? false;
