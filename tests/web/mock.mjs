@@ -17,10 +17,10 @@ const STRATEGIES = [
   ["greedy", "the most probable token of the target, one at a time", false, []],
   ["sample", "draws from the target, one token at a time", false, []],
   ["speculative", "speculative sampling: the distribution of the target, exactly", true, ["gamma"]],
-  ["mtad", "multi-token joint decoding: blocks whose joint likelihood ratio clears tau", true, ["tau", "gamma", "beam_width"]],
-  ["mmtad", "the same with all beams verified, as a tree", true, ["tau", "gamma", "beam_width"]],
-  ["specinfer", "lossless speculation on a tree of candidates", true, []],
-  ["bild", "the draft goes on while it is sure; the target takes back what it finds too unlikely", true, ["gamma"]],
+  ["mtad", "multi-token joint decoding: blocks whose joint likelihood ratio clears tau", true, ["tau", "gamma", "beam_width", "with_replacement"]],
+  ["mmtad", "multi-token joint decoding with all beams verified, as a tree", true, ["tau", "gamma", "beam_width", "with_replacement"]],
+  ["specinfer", "lossless speculation on a tree of candidates", true, ["branching", "with_replacement"]],
+  ["bild", "the draft goes on while it is sure; the target takes back what it finds too unlikely", true, ["gamma", "fallback", "rollback"]],
   ["auto", "whichever of plain, speculative, mtad and mmtad is the fastest here at tau", true, ["tau"]],
 ].map(([name, summary, needs_draft, knobs]) => ({ name, summary, needs_draft, knobs }));
 

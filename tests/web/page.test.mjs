@@ -22,10 +22,16 @@ before(async () => {
 });
 after(() => browser?.close());
 
-/** How the page begins with a server: the built-in pair only goes on with a text. */
+/** Whether the model of a server can chat: the built-in pair only goes on with a text. */
 async function modeOf(url) {
-  const { data } = await (await fetch(new URL("v1/models", url))).json();
-  return data[0].mtad?.chat === false ? "complete" : "chat";
+  const { data: [model] } = await (await fetch(new URL("v1/models", url))).json();
+  if (model.mtad?.chat !== undefined) return model.mtad.chat ? "chat" : "complete";
+  const response = await fetch(new URL("v1/chat/completions", url), {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ messages: [{ role: "user", content: "Hello" }], max_tokens: 1 }),
+  });
+  return response.ok ? "chat" : "complete";
 }
 
 /** A page of its own, with what it asked of the server, and a check that it found no fault. */
