@@ -123,9 +123,6 @@ pub(super) struct Message {
     role: String,
     /// There may be none where there are calls.
     content: Option<Content>,
-    #[schema(value_type = Option<Vec<Object>>)]
-    tool_calls: Option<Vec<serde_json::Value>>,
-    tool_call_id: Option<String>,
 }
 
 /// What a message says, for the document of the interface.
