@@ -97,7 +97,7 @@ pub(super) struct NamedSchema {
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ChatOwn {
     /// The conversation, as the model's template takes it.
-    #[schema(value_type = Vec<Message>)]
+    #[schema(value_type = Vec<Message>, min_items = 1)]
     pub messages: Box<RawValue>,
     /// What the model may call.
     #[schema(value_type = Option<Vec<Object>>)]
@@ -121,8 +121,32 @@ pub(super) struct ChatOwn {
 pub(super) struct Message {
     #[schema(example = "user")]
     role: String,
+    /// There may be none where there are calls.
+    content: Option<Content>,
+    #[schema(value_type = Option<Vec<Object>>)]
+    tool_calls: Option<Vec<serde_json::Value>>,
+    tool_call_id: Option<String>,
+}
+
+/// What a message says, for the document of the interface.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[schema(example = "Hello")]
+#[allow(dead_code)]
+pub(super) enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+/// A part of what a message says, for the document of the interface: text.
+#[derive(Serialize, ToSchema)]
+#[allow(dead_code)]
+pub(super) struct Part {
+    #[serde(rename = "type")]
+    #[schema(example = "text")]
+    kind: String,
     #[schema(example = "Hello")]
-    content: String,
+    text: String,
 }
 
 /// For the document of the interface.
@@ -156,6 +180,7 @@ pub(super) struct CompletionOwn {
     /// Not supported.
     pub suffix: Option<String>,
     /// Not supported beyond `n`.
+    #[schema(minimum = 1)]
     pub best_of: Option<usize>,
 }
 

@@ -217,6 +217,12 @@ async fn body(state: &State, request: Request) -> Result<Vec<u8>, ApiError> {
 }
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    // A structure may also be read from an array of its members, in their order, which nobody is told.
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
+        let what =
+            "the body is not what was expected: invalid type: an array, where an object is needed";
+        return Err(ApiError::invalid(None, what));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let read = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
@@ -457,7 +463,10 @@ async fn detokenize(
 }
 
 /// The pair that answers
-#[utoipa::path(get, path = "/v1/models", responses((status = 200, description = "The one pair", body = ModelList)))]
+#[utoipa::path(get, path = "/v1/models", responses(
+    (status = 200, description = "The one pair", body = ModelList),
+    (status = "4XX", description = "Why not", body = ErrorBody),
+))]
 async fn models(Shared(state): Shared<Arc<State>>) -> Json<ModelList> {
     Json(ModelList { object: "list", data: vec![state.entry()] })
 }
@@ -467,7 +476,7 @@ async fn models(Shared(state): Shared<Arc<State>>) -> Json<ModelList> {
     params(("model" = String, Path, description = "Its name")),
     responses(
         (status = 200, description = "The pair", body = ModelEntry),
-        (status = 404, description = "There is no such pair", body = ErrorBody),
+        (status = "4XX", description = "There is no such pair, or why not", body = ErrorBody),
     ))]
 async fn model(
     Shared(state): Shared<Arc<State>>,
@@ -483,14 +492,19 @@ async fn model(
 }
 
 /// Whether the server is up
-#[utoipa::path(get, path = "/health", responses((status = 200, description = "It is", body = Health)))]
+#[utoipa::path(get, path = "/health", responses(
+    (status = 200, description = "It is", body = Health),
+    (status = "4XX", description = "Who asks means another host", body = ErrorBody),
+))]
 async fn health() -> Json<Health> {
     Json(Health { status: "ok" })
 }
 
 /// What the server counts, for Prometheus
 #[utoipa::path(get, path = "/metrics", responses(
-    (status = 200, description = "Metrics in OpenMetrics' text form", body = String, content_type = "text/plain"),
+    (status = 200, description = "Metrics in OpenMetrics' text form", body = String,
+        content_type = "application/openmetrics-text"),
+    (status = "4XX", description = "Why not", body = ErrorBody),
 ))]
 async fn metrics(Shared(state): Shared<Arc<State>>) -> Response {
     let mut passes = vec![("target", state.pair.target().pass_counts())];
