@@ -969,7 +969,7 @@ fn what_is_emitted_was_kept_has_probability_and_is_scored() {
                 for (i, (&token, score)) in block.tokens.iter().zip(&block.scores).enumerate() {
                     let p = probabilities(&pair.target.inner, &warp, &path)[token as usize];
                     assert!(p > 0.0, "{settings:?}");
-                    log_p += if (block.origin(i) == Origin::Draft) { p.ln() } else { 0.0 };
+                    log_p += if block.origin(i) == Origin::Draft { p.ln() } else { 0.0 };
                     check_score(score, token, &pair.target.inner, &path, settings.alternatives);
                     path.push(token);
                 }
