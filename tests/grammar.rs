@@ -418,9 +418,8 @@ fn hostile_sources_take_bounded_time() {
         }
         schema
     };
-    let chain = |rules: usize, rule: &dyn Fn(usize) -> String| -> String {
-        (0..rules).map(rule).collect()
-    };
+    let chain =
+        |rules: usize, rule: &dyn Fn(usize) -> String| -> String { (0..rules).map(rule).collect() };
     let huge = json!({ "type": "string", "maxLength": 10_000_000 });
     let many: Value = (0..3000).map(|i| (format!("key{i}"), json!({ "type": "string" }))).collect();
     type Make<'a> = Box<dyn Fn() -> Result<Grammar, Error> + 'a>;
