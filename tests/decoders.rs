@@ -1459,10 +1459,10 @@ impl Follows {
             }
         }
         // All can be reached.
-        for token in 0..vocab {
+        for (token, after) in after.iter_mut().enumerate() {
             let next = ((token + 1) % vocab) as Token;
-            if token % 4 != 3 && !after[token].contains(&next) {
-                after[token].push(next);
+            if token % 4 != 3 && !after.contains(&next) {
+                after.push(next);
             }
         }
         Follows { after, first, end: None }
