@@ -5,6 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
+use mtad::decode::Origin;
 use mtad::engine::Device;
 use mtad::engine::device::OnGpu;
 use mtad::exec::CacheType;
@@ -52,12 +53,12 @@ fn prompt(question: &str) -> String {
 }
 
 /// The tokens of a generation, and the bits of their log-probabilities.
-type Told = Vec<(u32, bool, u64)>;
+type Told = Vec<(u32, Origin, u64)>;
 
 fn told(generation: mtad::Generation<'_>) -> Told {
     let pieces = generation.map(Result::unwrap);
     pieces
-        .filter_map(|piece| Some((piece.token?, piece.drafted, piece.log_prob.unwrap().to_bits())))
+        .filter_map(|piece| Some((piece.token?, piece.origin, piece.log_prob.unwrap().to_bits())))
         .collect()
 }
 
@@ -126,11 +127,7 @@ fn what_goes_on_from_a_prefix_disturbs_nobody() {
         for _ in 0..40 {
             for (generation, found) in generations.iter_mut().zip(&mut found) {
                 let piece = generation.next().unwrap().unwrap();
-                found.push((
-                    piece.token.unwrap(),
-                    piece.drafted,
-                    piece.log_prob.unwrap().to_bits(),
-                ));
+                found.push((piece.token.unwrap(), piece.origin, piece.log_prob.unwrap().to_bits()));
             }
         }
         drop(generations);

@@ -347,8 +347,8 @@ fn requests() -> Vec<Value> {
         json!({
             "prompt": prompts[i % prompts.len()].repeat(1 + i % 5),
             "strategy": strategies[i % strategies.len()],
-            "temperature": if i % 2 == 0 { 0.0 } else { 0.9 },
-            "top_k": if i % 3 == 0 { 40 } else { 0 },
+            "temperature": if i.is_multiple_of(2) { 0.0 } else { 0.9 },
+            "top_k": if i.is_multiple_of(3) { 40 } else { 0 },
             "seed": i,
             "max_tokens": 8 + 5 * (i % 7),
             "frequency_penalty": if i % 8 == 5 { 0.5 } else { 0.0 },

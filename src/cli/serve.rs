@@ -54,8 +54,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 64)]
     queue: u16,
 
-    /// The most memory for beginnings of texts that are kept for later requests, such as 500M; 0 keeps none [default: a
-    /// quarter of what the sequences leave]
+    /// The most memory for beginnings of texts that are kept for later requests, such as 500M; 0 keeps none [default: as
+    /// much as the sequences take, and no more than a quarter of what they leave]
     #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
     prefix_memory: Option<u64>,
 

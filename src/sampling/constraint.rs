@@ -148,6 +148,8 @@ struct State {
     seen: Vec<Token>,
     /// The generated tokens of the text that `masks` are of.
     text: Vec<Token>,
+    /// The first of them that ends a text.
+    ended: Option<Token>,
     /// What may follow each branch that was asked for.
     masks: HashMap<Vec<Token>, Arc<Mask>>,
     /// Why a mask allows nothing.
@@ -175,7 +177,15 @@ impl Guide {
     pub fn mask(&self, path: Path<'_>) -> Arc<Mask> {
         let state = &mut *self.state.borrow_mut();
         let text = &path.text[self.start.min(path.text.len())..];
+        let is_end = |&token: &Token| self.constraint.is_end(token);
         if state.text != text {
+            // Texts grow: what was looked through is not looked through again.
+            let known = match text.starts_with(&state.text) {
+                true => state.text.len(),
+                false => 0,
+            };
+            let before = state.ended.filter(|_| known > 0);
+            state.ended = before.or_else(|| text[known..].iter().copied().find(|t| is_end(t)));
             state.masks.clear();
             state.text.clear();
             state.text.extend_from_slice(text);
@@ -184,13 +194,12 @@ impl Guide {
             return mask.clone();
         }
         let mut mask = Mask::default();
-        let ends = |&&token: &&Token| self.constraint.is_end(token);
-        match path.branch.iter().find(ends).or_else(|| text.iter().find(ends)) {
-            Some(&end) => mask.allow(end),
+        match state.ended.or_else(|| path.branch.iter().copied().find(|t| is_end(t))) {
+            Some(end) => mask.allow(end),
             None => {
                 let text = std::mem::take(&mut state.text);
                 let found = state
-                    .at(&*self.constraint, text.iter().chain(path.branch))
+                    .at(&*self.constraint, &text, path.branch)
                     .and_then(|matcher| matcher.allow(&mut mask));
                 state.text = text;
                 if let Err(error) = found {
@@ -207,16 +216,16 @@ impl Guide {
 
     /// The token that comes next because no other may, unless the text has ended.
     pub fn forced(&self, text: &[Token]) -> Option<Token> {
-        let ended = text[self.start.min(text.len())..].iter().any(|&t| self.constraint.is_end(t));
-        let path = Path { text, branch: &[], guide: Some(self) };
-        self.mask(path).only().filter(|_| !ended)
+        let mask = self.mask(Path { text, branch: &[], guide: Some(self) });
+        mask.only().filter(|_| self.state.borrow().ended.is_none())
     }
 
     /// Whether the text is, as far as it goes, one of the language.
     pub fn follows(&self, text: &[Token]) -> bool {
         let generated = text.get(self.start..).unwrap_or_default();
-        let before_end = generated.iter().take_while(|&&token| !self.constraint.is_end(token));
-        self.state.borrow_mut().at(&*self.constraint, before_end).is_ok()
+        let end = generated.iter().position(|&token| self.constraint.is_end(token));
+        let before_end = &generated[..end.unwrap_or(generated.len())];
+        self.state.borrow_mut().at(&*self.constraint, before_end, &[]).is_ok()
     }
 
     /// The error of a row that nothing may follow.
@@ -240,10 +249,11 @@ impl fmt::Debug for Guide {
 
 impl State {
     /// The matcher behind these tokens; after an error there is none.
-    fn at<'t>(
+    fn at(
         &mut self,
         constraint: &dyn Constraint,
-        tokens: impl Iterator<Item = &'t Token> + Clone,
+        text: &[Token],
+        branch: &[Token],
     ) -> Result<&mut dyn Matcher> {
         let mut matcher = match self.matcher.take() {
             Some(matcher) => matcher,
@@ -252,12 +262,17 @@ impl State {
                 constraint.matcher()?
             }
         };
-        let shared = self.seen.iter().zip(tokens.clone()).take_while(|(a, b)| a == b).count();
+        let common = |a: &[Token], b: &[Token]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+        // Mostly the whole text was seen, which is one comparison.
+        let shared = match self.seen.strip_prefix(text) {
+            Some(after) => text.len() + common(after, branch),
+            None => common(&self.seen, text),
+        };
         if shared < self.seen.len() {
             matcher.retreat(self.seen.len() - shared)?;
             self.seen.truncate(shared);
         }
-        for &token in tokens.skip(shared) {
+        for &token in text.iter().chain(branch).skip(shared) {
             matcher.advance(token)?;
             self.seen.push(token);
         }

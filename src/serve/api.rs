@@ -105,6 +105,9 @@ pub(super) struct ChatOwn {
     /// `none`, `auto`, `required`, or one function.
     #[schema(value_type = Option<ToolChoice>)]
     pub tool_choice: Option<serde_json::Value>,
+    /// Not supported: `tools` took their place.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub functions: Option<serde_json::Value>,
     /// Whether each token's log-probability is told.
     pub logprobs: Option<bool>,
     /// How many of the most probable tokens are told in each one's place.

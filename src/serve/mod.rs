@@ -42,8 +42,8 @@ pub struct Options {
     pub queue: usize,
     /// How each of them keeps its rows. [`SessionOptions::context`] is that of one answer with its prompt.
     pub session: SessionOptions,
-    /// The most bytes that beginnings of texts take which are kept for later requests; `None` for a quarter of what
-    /// memory the sequences leave.
+    /// The most bytes that beginnings of texts take which are kept for later requests; `None` for as many as the
+    /// sequences take, but no more than a quarter of what these leave.
     pub prefix_memory: Option<u64>,
     /// Whether the model was tuned to answer: it has a chat template of its own, or the user named one.
     pub is_tuned: bool,

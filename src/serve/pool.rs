@@ -67,9 +67,6 @@ pub(super) struct Sizes {
     pub prefix_memory: Option<u64>,
 }
 
-/// What kept beginnings may take where nothing is known of the system's memory.
-const SMALL_PREFIX_MEMORY: u64 = 256 << 20;
-
 /// How long a piece of a prompt takes where no other answer waits for it.
 const PACE_ALONE: Duration = Duration::from_millis(400);
 /// And where others wait for their next tokens.
@@ -128,11 +125,16 @@ impl Pool {
     ) -> Result<Self> {
         let sessions: Vec<Session> =
             (0..parallel).map(|_| pair.session(&options)).collect::<Result<_>>()?;
-        let left = pair.target().budget().left();
-        let prefix_memory = prefix_memory.or(left.map(|left| left / 4));
+        let prefix_memory = prefix_memory.unwrap_or_else(|| {
+            let models = [Some(pair.target()), pair.draft()].into_iter().flatten();
+            let row: u64 = models.map(|model| model.row_bytes(options.cache_type)).sum();
+            let rows = (parallel * options.context.unwrap_or(0)) as u64;
+            let left = pair.target().budget().left().unwrap_or(u64::MAX);
+            rows.saturating_mul(row).min(left / 4)
+        });
         let inner = Arc::new(Inner {
             pair: pair.clone(),
-            prefixes: Prefixes::new(prefix_memory.unwrap_or(SMALL_PREFIX_MEMORY)),
+            prefixes: Prefixes::new(prefix_memory),
             options,
             account,
             metrics,

@@ -74,6 +74,9 @@ impl Terms<'_> {
         }
         check_contents(&own.messages)?;
         inputs.simplify();
+        if own.functions.as_ref().is_some_and(|functions| !functions.is_null()) {
+            return Err(ApiError::invalid("functions", "functions are not supported; use tools"));
+        }
         let choice = ToolChoice::of(own.tool_choice.as_ref())?;
         let mut calls = None;
         let mut form = None;

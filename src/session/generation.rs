@@ -719,7 +719,7 @@ impl<'s> Generation<'s> {
     fn hand_out(&mut self, before: usize, tokens: Vec<Piece>) -> Result<()> {
         let (mut used, all) = (0, tokens.len());
         let mut tokens = tokens.into_iter();
-        while let Some(mut piece) = tokens.next() {
+        for mut piece in tokens.by_ref() {
             let token = piece.token.expect("a token is handed out");
             used += 1;
             if self.session.pair.tokenizer().is_end(token) {
