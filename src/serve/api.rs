@@ -149,11 +149,27 @@ pub(super) struct Part {
     text: String,
 }
 
-/// For the document of the interface.
-#[derive(ToSchema)]
+/// Which function is to be called, for the document of the interface.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
 #[schema(example = "auto")]
 #[allow(dead_code)]
-pub(super) struct ToolChoice(String);
+pub(super) enum ToolChoice {
+    /// `none`, `auto` or `required`.
+    Word(String),
+    One {
+        #[serde(rename = "type")]
+        kind: String,
+        function: ChosenFunction,
+    },
+}
+
+/// A function by its name, for the document of the interface.
+#[derive(Serialize, ToSchema)]
+#[allow(dead_code)]
+pub(super) struct ChosenFunction {
+    name: String,
+}
 
 /// The body of `/v1/chat/completions`, for the document of the interface.
 #[derive(ToSchema)]

@@ -370,7 +370,11 @@ impl ToolChoice {
                 "additionalProperties": false,
             })
         };
-        Ok(Some(json!({"anyOf": chosen.into_iter().map(call).collect::<Vec<_>>()})))
+        // No white space but what Python's json writes: models that may write it sometimes find no end of it.
+        let spaces =
+            json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
+        let calls: Vec<_> = chosen.into_iter().map(call).collect();
+        Ok(Some(json!({"anyOf": calls, "x-guidance": spaces})))
     }
 }
 
