@@ -152,7 +152,7 @@ export async function start({ key, template = true, port = 0, meter = true } = {
       send(block.join(""), tokens);
       at += block.length;
       rounds += 1;
-      if (/\bbreak off\b/.test(prompt) && rounds === 4) return response.destroy();
+      if (/\bbreak off\b/.test(prompt) && rounds === 4) return response.end();
       await pause(wait);
     }
     send("", [], at < pieces.length ? "length" : "stop");
