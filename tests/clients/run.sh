@@ -71,10 +71,10 @@ start narrow --parallel 1 --queue 0 && MTAD_NARROW_URL=$url
 start fuzzed --ctx-size 48 --parallel 2 --queue 4 --body-limit 1M && fuzzed=$url
 
 export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1 PYTHONDONTWRITEBYTECODE=1
-step "OpenAI's client for Python" timeout 200 "$venv/bin/pytest" -q -p no:cacheprovider -rs "$here/openai_test.py"
+step "OpenAI's client for Python" timeout 300 "$venv/bin/pytest" -q -p no:cacheprovider -rs "$here/openai_test.py"
 step "OpenAI's client for JavaScript" timeout 200 node --test "$here/openai_test.mjs"
 step "the document" env -C "$work" timeout 300 "$venv/bin/schemathesis" --config-file "$here/schemathesis.toml" run "$fuzzed/openapi.json" --url "$fuzzed"
-step "the page" timeout 240 node --test "$root/tests/web/"*.test.mjs
+step "the page" timeout 400 node --test "$root/tests/web/"*.test.mjs
 
 # All servers are still there, have nothing that runs, and made no mistake.
 still() {
