@@ -1,4 +1,5 @@
-//! The page: a chat that shows who wrote what. Its sources are in `web/page`.
+//! The page: a chat that shows who wrote what. Its sources are in `web/page`; `page` has what its scripts are
+//! compiled to.
 
 use std::sync::Arc;
 
@@ -15,15 +16,15 @@ const SVG: &str = "image/svg+xml";
 
 /// Its files: path, type and text.
 const FILES: [(&str, &str, &str); 9] = [
-    ("/", HTML, include_str!("page/index.html")),
-    ("/style.css", CSS, include_str!("page/style.css")),
+    ("/", HTML, include_str!("../../web/page/index.html")),
+    ("/style.css", CSS, include_str!("../../web/page/style.css")),
     ("/page.js", JAVASCRIPT, include_str!("page/page.js")),
     ("/answer.js", JAVASCRIPT, include_str!("page/answer.js")),
     ("/api.js", JAVASCRIPT, include_str!("page/api.js")),
     ("/dom.js", JAVASCRIPT, include_str!("page/dom.js")),
     ("/settings.js", JAVASCRIPT, include_str!("page/settings.js")),
     ("/tokens.js", JAVASCRIPT, include_str!("page/tokens.js")),
-    ("/icon.svg", SVG, include_str!("page/icon.svg")),
+    ("/icon.svg", SVG, include_str!("../../web/page/icon.svg")),
 ];
 
 /// Its routes.

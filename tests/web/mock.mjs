@@ -5,7 +5,9 @@ import { createServer } from "node:http";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 
-const PAGE = new URL("../../src/serve/page/", import.meta.url).pathname;
+// Scripts are compiled; the rest is as it is written.
+const folderOf = (name) =>
+  new URL(name.endsWith(".js") ? "../../src/serve/page/" : "../../web/page/", import.meta.url).pathname;
 const TYPES = {
   html: "text/html; charset=utf-8",
   css: "text/css; charset=utf-8",
@@ -81,7 +83,7 @@ export async function start({ key, template = true, port = 0, meter = true } = {
       const type = TYPES[name.split(".").pop()];
       try {
         if (!type || name.includes("/")) throw new Error("no such file");
-        const body = await readFile(join(PAGE, name));
+        const body = await readFile(join(folderOf(name), name));
         response.writeHead(200, { "content-type": type, "content-security-policy": "default-src 'self'" });
         response.end(body);
       } catch {

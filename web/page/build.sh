@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the page into src/serve/page/, which the program embeds; with --check only says whether
-# what is there is what the sources make.
+# Compiles the page's scripts into src/serve/page/, which the program embeds beside what stands here; with --check
+# only says whether what is there is what the sources make.
 set -euo pipefail
 cd "$(dirname "$0")"
 out=../../src/serve/page
@@ -16,7 +16,6 @@ esac
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 npx --no-install tsc --outDir "$made"
-cp index.html style.css icon.svg "$made"
 chmod 644 "$made"/*
 
 if [ "${1:-}" = --check ]; then
