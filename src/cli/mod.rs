@@ -40,7 +40,7 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::decode::Strategy;
-use crate::engine::{Device, Isa, Model, NoteListener};
+use crate::engine::{CacheType, Device, Isa, Model, NoteListener};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::session::pair::{LoadOptions, builtin_file};
@@ -281,6 +281,13 @@ fn strategies() -> impl TypedValueParser<Value = Strategy> {
     let values = Strategy::ALL
         .map(|(strategy, name)| PossibleValue::new(name).help(strategy.descriptor().summary));
     PossibleValuesParser::new(values).try_map(|name| name.parse::<Strategy>())
+}
+
+/// The names of types of caches.
+fn cache_types() -> impl TypedValueParser<Value = CacheType> {
+    let names = PossibleValuesParser::new(CacheType::ALL.map(|(_, name)| name));
+    let found = |name: String| CacheType::ALL.into_iter().find(|(_, known)| *known == name);
+    names.map(move |name| found(name).map_or(CacheType::default(), |(cache_type, _)| cache_type))
 }
 
 /// Prints such notes as they come up: where no text is being written that they would fall into.

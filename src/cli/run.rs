@@ -142,8 +142,8 @@ pub struct RunArgs {
     pub(super) special: bool,
 
     /// How keys and values are kept
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = ["f16", "f32"])]
-    cache_type: String,
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = super::cache_types())]
+    cache_type: CacheType,
 
     /// Keep the session in this file: a later run whose prompt begins with the same text (prompt
     /// and what was generated) does not evaluate it again
@@ -261,10 +261,7 @@ impl RunArgs {
     }
 
     pub(super) fn session_options(&self) -> SessionOptions {
-        SessionOptions {
-            context: self.device.context(),
-            cache_type: if self.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
-        }
+        SessionOptions { context: self.device.context(), cache_type: self.cache_type }
     }
 
     /// The files that are read.

@@ -98,8 +98,8 @@ pub struct ServeArgs {
     beam_width: usize,
 
     /// How keys and values are kept
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = ["f16", "f32"])]
-    cache_type: String,
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = super::cache_types())]
+    cache_type: CacheType,
 
     /// What is logged to standard error, without texts
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = ["off", "error", "warn", "info", "debug"])]
@@ -242,10 +242,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<()> {
         address,
         parallel: usize::from(args.parallel),
         queue: usize::from(args.queue),
-        session: SessionOptions {
-            context: args.device.context(),
-            cache_type: if args.cache_type == "f32" { CacheType::F32 } else { CacheType::F16 },
-        },
+        session: SessionOptions { context: args.device.context(), cache_type: args.cache_type },
         is_tuned,
         prefix_memory: args.prefix_memory,
         defaults,

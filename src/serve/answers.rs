@@ -39,6 +39,16 @@ pub(super) enum Shape {
     Completion,
 }
 
+impl Shape {
+    /// What a chunk of it is called.
+    fn chunk(self) -> &'static str {
+        match self {
+            Shape::Chat => "chat.completion.chunk",
+            Shape::Completion => "text_completion",
+        }
+    }
+}
+
 /// Sets the cancel flag of a request's jobs when nobody waits for them any more.
 pub(super) struct Waiting {
     pub events: UnboundedReceiver<(usize, Event)>,
@@ -72,8 +82,8 @@ struct Choice {
     /// What stands before the text: a prompt that is echoed.
     before: String,
     reader: Reader,
-    /// What was told of it.
-    text: String,
+    /// Characters that were told of it, with those before it.
+    told: usize,
     outcome: Option<Outcome>,
 }
 
@@ -103,9 +113,9 @@ impl Answers {
     /// Nothing known yet.
     pub fn new(head: Head, tokenizer: Tokenizer, look: Look) -> Self {
         let choice = |before: String| Choice {
+            told: before.chars().count(),
             before,
             reader: Reader::new(look.calls),
-            text: String::new(),
             outcome: None,
         };
         Answers {
@@ -221,10 +231,8 @@ impl Answers {
             }
             Shape::Completion => {
                 let choices = finished.into_iter().enumerate().map(|(index, news)| {
-                    let before = &self.choices[index].before;
-                    let logprobs = self
-                        .log_probs
-                        .then(|| self.log_probs_of(&news.pieces, before.chars().count()));
+                    let Choice { before, told, .. } = &self.choices[index];
+                    let logprobs = self.log_probs.then(|| self.log_probs_of(&news.pieces, *told));
                     let text = format!("{before}{}", news.text);
                     CompletionChoice { index, text, logprobs, finish_reason: news.finish_reason }
                 });
@@ -236,33 +244,30 @@ impl Answers {
 
     /// The answers as they come: chunks, and `[DONE]`. `first` is an event that was received already.
     pub fn stream(
-        mut self,
+        self,
         first: Option<(usize, Event)>,
         waiting: Waiting,
     ) -> impl Stream<Item = Result<sse::Event, Infallible>> {
         struct State {
             answers: Answers,
+            first: Option<(usize, Event)>,
             waiting: Option<Waiting>,
             ready: VecDeque<sse::Event>,
         }
         let mut ready = VecDeque::new();
         self.open(&mut ready);
-        let begun = first.map_or(Ok(()), |(index, event)| self.tell(index, event, &mut ready));
-        let waiting = match begun {
-            Ok(()) => Some(waiting),
-            Err(error) => {
-                ready.extend([data(&error.body()), done()]);
-                None
-            }
-        };
-        let state = State { answers: self, waiting, ready };
+        let state = State { answers: self, first, waiting: Some(waiting), ready };
         unfold(state, |mut state| async move {
             loop {
                 if let Some(event) = state.ready.pop_front() {
                     return Some((Ok(event), state));
                 }
                 let waiting = state.waiting.as_mut()?;
-                let told = match waiting.events.recv().await {
+                let event = match state.first.take() {
+                    Some(first) => Some(first),
+                    None => waiting.events.recv().await,
+                };
+                let told = match event {
                     Some((index, event)) => state.answers.tell(index, event, &mut state.ready),
                     None => Err(ApiError::stopping()),
                 };
@@ -275,7 +280,7 @@ impl Answers {
                 };
                 if is_over {
                     state.waiting = None;
-                    state.ready.push_back(done());
+                    state.ready.push_back(sse::Event::default().data("[DONE]"));
                 }
             }
         })
@@ -315,21 +320,8 @@ impl Answers {
             let mut last = News { finish_reason: finish, ..News::default() };
             ready.push_back(self.chunk(index, &mut last));
             if self.include_usage && self.is_ended() {
-                let usage = Some(self.usage());
-                ready.push_back(match self.shape {
-                    Shape::Chat => data(&self.answer::<ChatChoice>(
-                        "chat.completion.chunk",
-                        Vec::new(),
-                        usage,
-                        None,
-                    )),
-                    Shape::Completion => data(&self.answer::<CompletionChoice>(
-                        "text_completion",
-                        Vec::new(),
-                        usage,
-                        None,
-                    )),
-                });
+                let (object, usage) = (self.shape.chunk(), Some(self.usage()));
+                ready.push_back(data(&self.answer::<()>(object, Vec::new(), usage, None)));
             }
         }
         Ok(())
@@ -345,7 +337,7 @@ impl Answers {
             }
             Shape::Completion => self.completion_chunk(index, news),
         };
-        self.choices[index].text.push_str(&news.text);
+        self.choices[index].told += news.text.chars().count();
         chunk
     }
 
@@ -355,18 +347,15 @@ impl Answers {
         let finish_reason = news.finish_reason;
         let choice =
             ChatChoice { index, message: None, delta: Some(delta), logprobs, finish_reason };
-        data(&self.answer("chat.completion.chunk", vec![choice], None, self.origins_of(news)))
+        data(&self.answer(self.shape.chunk(), vec![choice], None, self.origins_of(news)))
     }
 
     fn completion_chunk(&self, index: usize, news: &News) -> sse::Event {
-        let logprobs = (self.log_probs && !news.pieces.is_empty()).then(|| {
-            let choice = &self.choices[index];
-            let told = choice.before.chars().count() + choice.text.chars().count();
-            self.log_probs_of(&news.pieces, told)
-        });
+        let logprobs = (self.log_probs && !news.pieces.is_empty())
+            .then(|| self.log_probs_of(&news.pieces, self.choices[index].told));
         let (text, finish_reason) = (news.text.clone(), news.finish_reason);
         let choice = CompletionChoice { index, text, logprobs, finish_reason };
-        data(&self.answer("text_completion", vec![choice], None, self.origins_of(news)))
+        data(&self.answer(self.shape.chunk(), vec![choice], None, self.origins_of(news)))
     }
 
     fn answer<C>(
@@ -458,16 +447,8 @@ fn json(body: &impl Serialize) -> axum::response::Response {
     axum::response::IntoResponse::into_response(axum::Json(body))
 }
 
-/// The last event of a stream.
-fn done() -> sse::Event {
-    sse::Event::default().data("[DONE]")
-}
-
 /// An event of a stream.
 fn data(body: &impl Serialize) -> sse::Event {
-    match sse::Event::default().json_data(body) {
-        Ok(event) => event,
-        // Texts and numbers are always JSON.
-        Err(error) => sse::Event::default().comment(error.to_string()),
-    }
+    // Texts and numbers are always JSON.
+    sse::Event::default().json_data(body).unwrap_or_default()
 }

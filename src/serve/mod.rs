@@ -135,11 +135,6 @@ impl Server {
         self.listener.local_addr().map_err(|e| Error::io("a socket", e))
     }
 
-    /// The most tokens that a prompt and its answer may have together.
-    pub fn context(&self) -> usize {
-        self.state.context
-    }
-
     /// Answers until `is_stopped`. Then what runs may end within `patience`, and is cut.
     ///
     /// # Errors

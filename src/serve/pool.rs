@@ -15,7 +15,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::metrics::Metrics;
 use super::prefixes::Prefixes;
-use crate::decode::Statistics;
+use crate::decode::{Pieces, Statistics};
 use crate::energy::Account;
 use crate::engine::SessionOptions;
 use crate::error::{Error, Result, words_of};
@@ -67,9 +67,7 @@ pub(super) struct Sizes {
     pub prefix_memory: Option<u64>,
 }
 
-/// How long a piece of a prompt takes where no other answer waits for it.
-const PACE_ALONE: Duration = Duration::from_millis(400);
-/// And where others wait for their next tokens.
+/// How long a piece of a prompt takes where others wait for their next tokens.
 const PACE_BESIDE: Duration = Duration::from_millis(100);
 
 /// Threads with a session each.
@@ -126,8 +124,7 @@ impl Pool {
         let sessions: Vec<Session> =
             (0..parallel).map(|_| pair.session(&options)).collect::<Result<_>>()?;
         let prefix_memory = prefix_memory.unwrap_or_else(|| {
-            let models = [Some(pair.target()), pair.draft()].into_iter().flatten();
-            let row: u64 = models.map(|model| model.row_bytes(options.cache_type)).sum();
+            let row = pair.row_bytes(options.cache_type);
             let rows = (parallel * options.context.unwrap_or(0)) as u64;
             let left = pair.target().budget().left().unwrap_or(u64::MAX);
             rows.saturating_mul(row).min(left / 4)
@@ -302,7 +299,7 @@ impl Inner {
     fn answer(&self, session: &mut Session, job: &Job, posted: Instant) -> Result<Outcome> {
         let share = self.account.as_ref().map(Account::share);
         let is_alone = self.lock().running.len() == 1;
-        session.pace_prompts(if is_alone { PACE_ALONE } else { PACE_BESIDE });
+        session.pace_prompts(if is_alone { Pieces::LONGEST } else { PACE_BESIDE });
         self.prefixes.lend(session, &job.prompt);
         let mut generation = session.generate_from(&job.prompt, &job.request)?;
         job.tell(Event::Begun);

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -106,15 +105,7 @@ impl Terms<'_> {
         }
         let prompt =
             chat.encode(&inputs).map_err(|e| ApiError::invalid("messages", e.to_string()))?;
-        let mut wanted = self.wanted(vec![prompt], "messages", options, log_probs, None)?;
-        if let Some(form) = form {
-            if wanted.request.settings.constraint.is_some() {
-                let what = "tool_choice and a format or grammar exclude each other";
-                return Err(ApiError::invalid("tool_choice", what));
-            }
-            wanted.request.settings.constraint = Some(Arc::new(form));
-            wanted.request.settings.score = wanted.log_probs;
-        }
+        let wanted = self.wanted(vec![prompt], "messages", options, log_probs, None, form)?;
         Ok(Wanted { calls, ..wanted })
     }
 
@@ -146,7 +137,7 @@ impl Terms<'_> {
         });
         let prompts = encoded.collect::<Result<_, ApiError>>()?;
         // What OpenAI's interface has where nothing is said.
-        self.wanted(prompts, "prompt", options, own.logprobs, Some(16))
+        self.wanted(prompts, "prompt", options, own.logprobs, Some(16), None)
     }
 
     /// Refuses tokens that the vocabulary does not have.
@@ -161,6 +152,7 @@ impl Terms<'_> {
         }
     }
 
+    /// `call` is what a call has to look like that must come.
     fn wanted(
         &self,
         prompts: Vec<Vec<Token>>,
@@ -168,6 +160,7 @@ impl Terms<'_> {
         options: &Options,
         log_probs: Option<usize>,
         default_max: Option<u32>,
+        call: Option<Grammar>,
     ) -> Result<Wanted, ApiError> {
         if log_probs.is_some_and(|n| n > MOST_ALTERNATIVES) {
             let param = if param == "prompt" { "logprobs" } else { "top_logprobs" };
@@ -232,7 +225,13 @@ impl Terms<'_> {
         if asks.is_some() && !stream {
             return Err(ApiError::invalid("stream_options", "stream_options needs stream: true"));
         }
-        let form = form(options, self.pair.tokenizer())?;
+        let form = match (call, form(options, self.pair.tokenizer())?) {
+            (Some(_), Some(_)) => {
+                let what = "tool_choice and a format or grammar exclude each other";
+                return Err(ApiError::invalid("tool_choice", what));
+            }
+            (call, form) => call.or(form),
+        };
         settings.constraint = form.map(|form| Arc::new(form) as Arc<dyn Constraint>);
         // Scores want a pass for each token, also for those that a form forces.
         settings.score = log_probs.is_some() || (origins && settings.constraint.is_none());
@@ -240,8 +239,7 @@ impl Terms<'_> {
             settings,
             max_tokens: max.or(default_max).map(|max| max as usize),
             stop,
-            special: false,
-            cancel: Arc::new(AtomicBool::new(false)),
+            ..Request::default()
         };
         Ok(Wanted {
             prompts,
@@ -282,24 +280,24 @@ impl Terms<'_> {
         set(&mut warp.frequency_penalty, options.frequency_penalty);
         settings.validate().map_err(|error| {
             // The library's words begin with the setting's name, as the command line spells it.
-            let message = error.to_string();
-            const NAMES: [(&str, &str); 10] = [
-                ("temperature", "temperature"),
-                ("top-p", "top_p"),
-                ("min-p", "min_p"),
-                ("repeat-penalty", "repeat_penalty"),
-                ("presence-penalty", "presence_penalty"),
-                ("frequency-penalty", "frequency_penalty"),
-                ("tau", "tau"),
-                ("gamma", "gamma"),
-                ("beam-width", "beam_width"),
-                ("branching", "strategy"),
+            const NAMES: [&str; 9] = [
+                "temperature",
+                "top-p",
+                "min-p",
+                "repeat-penalty",
+                "presence-penalty",
+                "frequency-penalty",
+                "tau",
+                "gamma",
+                "beam-width",
             ];
-            let named = NAMES.iter().find(|(name, _)| message.starts_with(name));
-            let spelled = NAMES.iter().fold(message.clone(), |text, (from, to)| {
-                if from.contains('-') { text.replace(from, to) } else { text }
-            });
-            ApiError::invalid(named.map(|(_, param)| *param), spelled)
+            let spelled = |name: &str| name.replace('-', "_");
+            let message = error.to_string();
+            let param = NAMES.iter().find(|name| message.starts_with(*name));
+            let param = param.map(|name| spelled(name));
+            let message =
+                NAMES.iter().fold(message, |text, name| text.replace(name, &spelled(name)));
+            ApiError { param, ..ApiError::invalid(None, message) }
         })?;
         Ok(settings)
     }

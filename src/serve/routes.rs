@@ -1,7 +1,6 @@
 //! What can be asked for.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use axum::body::to_bytes;
@@ -307,7 +306,7 @@ async fn answer(
             let mut request = request.clone();
             request.settings.seed = request.settings.seed.wrapping_add(i as u64);
             // Each has its own flag, as one that has ended does not stop the others.
-            request.cancel = Arc::new(AtomicBool::new(false));
+            request.cancel = Arc::default();
             let index = jobs.len();
             jobs.push(Job { prompt: prompt.clone(), request, index, events: events.clone() });
             before.push(echo.get(which).cloned().unwrap_or_default());

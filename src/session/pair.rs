@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::decode::Vocabulary;
-use crate::engine::{Budget, Cpu, Device, Isa, Model, NoteListener, SessionOptions};
+use crate::engine::{Budget, CacheType, Cpu, Device, Isa, Model, NoteListener, SessionOptions};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::session::generation::Session;
@@ -275,14 +275,19 @@ impl Pair {
         self.load_seconds
     }
 
+    /// Bytes that a session takes for each row of its context, in both models.
+    pub fn row_bytes(&self, cache_type: CacheType) -> u64 {
+        let models = [Some(&self.target), self.draft.as_ref()];
+        models.into_iter().flatten().map(|model| model.row_bytes(cache_type)).sum()
+    }
+
     /// The rows that each of so many sessions may have at the same time: what `options` ask for, or what the target
     /// was trained for, as far as memory holds it with room for one more.
     pub fn context_for(&self, options: &SessionOptions, sessions: usize) -> usize {
         let shape = self.target.shape();
         let limit = shape.position_limit.unwrap_or(usize::MAX);
         let wanted = options.context.unwrap_or(shape.context).min(limit);
-        let models = [Some(&self.target), self.draft.as_ref()];
-        let row: u64 = models.into_iter().flatten().map(|m| m.row_bytes(options.cache_type)).sum();
+        let row = self.row_bytes(options.cache_type);
         match (options.context, self.target.budget().left()) {
             (None, Some(left)) => {
                 let fits = left / (sessions as u64 + 1) / row.max(1);
